@@ -1,0 +1,1 @@
+"""Serving path: sessions, paged cache, scheduler, sampling, text.  Nothing here imports PyTorch."""
