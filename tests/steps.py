@@ -84,8 +84,13 @@ def random_step(
     caches = (
         normal(pages, kv_heads, page_size, head_size) * 100,
         normal(pages, kv_heads, page_size, head_size) * 100,
-        torch.randint(-(2**31), 2**31 - 1, (pages, kv_heads, config.tables, config.code_words), dtype=torch.int32,
-                      generator=generator),
+        torch.randint(
+            -(2**31),
+            2**31 - 1,
+            (pages, kv_heads, config.tables, config.code_words),
+            dtype=torch.int32,
+            generator=generator,
+        ),
         normal(pages, kv_heads, page_size).abs() * 100,
     )
     attributes = config.attributes(head_size**-0.5, sliding_window, softcap)

@@ -70,7 +70,9 @@ def SocketAttention(
     total = op.Gather(start, sequences)  # tokens that are no padding, [1]
 
     # Codes: bits a code, codes a word, and the place values of both.
-    code_bits = op.Where(op.LessOrEqual(rank, op.Constant(value_ints=[8])), op.Constant(value_ints=[8]), op.Constant(value_ints=[16]))
+    code_bits = op.Where(
+        op.LessOrEqual(rank, op.Constant(value_ints=[8])), op.Constant(value_ints=[8]), op.Constant(value_ints=[16])
+    )
     per_word = op.Div(op.Constant(value_ints=[32]), code_bits)
     two = op.Constant(value_float=2.0)
     code_range = op.Cast(op.Pow(two, op.Cast(code_bits, to=1)), to=7)  # 2^bits, [1]
@@ -85,9 +87,13 @@ def SocketAttention(
     # Where each token of the step goes: its row, its position, its page and its slot, [tokens].
     token = op.Range(zero, op.Squeeze(total, axis0), one)
     row_ends = op.Slice(start, op.Constant(value_ints=[1]), op.Constant(value_ints=[2147483647]), axis0)
-    row = op.ReduceSum(op.Cast(op.LessOrEqual(op.Unsqueeze(row_ends, axis0), op.Unsqueeze(token, axis1)), to=7), axis1, keepdims=0)
+    row = op.ReduceSum(
+        op.Cast(op.LessOrEqual(op.Unsqueeze(row_ends, axis0), op.Unsqueeze(token, axis1)), to=7), axis1, keepdims=0
+    )
     position = op.Add(op.Gather(past, row), op.Sub(token, op.Gather(start, row)))
-    page = op.GatherND(table, op.Concat(op.Unsqueeze(row, axis1), op.Unsqueeze(op.Div(position, page_tokens), axis1), axis=1))
+    page = op.GatherND(
+        table, op.Concat(op.Unsqueeze(row, axis1), op.Unsqueeze(op.Div(position, page_tokens), axis1), axis=1)
+    )
     slot = op.Mod(position, page_tokens)
 
     # Cache slots of every (token, KV head): [tokens, Hkv, 3].
@@ -108,7 +114,9 @@ def SocketAttention(
     norm_cache_out = op.ScatterND(norm_cache, slots, new_norms)
 
     # New codes, added into their words as the difference to what stands there: tokens that share a word do not clash.
-    projection = op.Transpose(op.Cast(op.Reshape(planes, op.Concat(op.Mul(tables, rank), head_size, axis=0)), to=1), perm=[1, 0])
+    projection = op.Transpose(
+        op.Cast(op.Reshape(planes, op.Concat(op.Mul(tables, rank), head_size, axis=0)), to=1), perm=[1, 0]
+    )
     signs = op.GreaterOrEqual(op.MatMul(op.Cast(new_keys, to=1), projection), op.Constant(value_float=0.0))
     new_bits = op.Reshape(op.Cast(signs, to=7), op.Concat(total, kv_heads, tables, rank, axis=0))
     new_codes = op.ReduceSum(op.Mul(new_bits, plane_places), last_axis, keepdims=0)  # [tokens, Hkv, L]
@@ -117,11 +125,16 @@ def SocketAttention(
     word_slots = op.Concat(
         op.Expand(op.Unsqueeze(page, op.Constant(value_ints=[1, 2, 3])), token_tables),
         op.Expand(op.Unsqueeze(head, op.Constant(value_ints=[0, 2, 3])), token_tables),
-        op.Expand(op.Unsqueeze(op.Range(zero, op.Squeeze(tables, axis0), one), op.Constant(value_ints=[0, 1, 3])), token_tables),
+        op.Expand(
+            op.Unsqueeze(op.Range(zero, op.Squeeze(tables, axis0), one), op.Constant(value_ints=[0, 1, 3])),
+            token_tables,
+        ),
         op.Expand(op.Unsqueeze(word, op.Constant(value_ints=[1, 2, 3])), token_tables),
         axis=3,
     )  # [tokens, Hkv, L, 4]
-    place = op.Unsqueeze(op.Gather(word_places, op.Mod(slot, per_word)), op.Constant(value_ints=[1, 2]))  # [tokens, 1, 1]
+    place = op.Unsqueeze(
+        op.Gather(word_places, op.Mod(slot, per_word)), op.Constant(value_ints=[1, 2])
+    )  # [tokens, 1, 1]
     old_words = op.Mod(op.Cast(op.GatherND(code_cache, word_slots), to=7), word_range)
     old_codes = op.Mod(op.Div(old_words, place), code_range)
     difference = op.Mul(op.Sub(new_codes, old_codes), place)
@@ -131,7 +144,9 @@ def SocketAttention(
 
     # Corner bits of every bucket, for the bucket probabilities: float [R, 2^R].
     buckets = op.Range(zero, op.Squeeze(op.Cast(op.Pow(two, op.Cast(rank, to=1)), to=7), axis0), one)
-    corner = op.Cast(op.Mod(op.Div(op.Unsqueeze(buckets, axis0), op.Unsqueeze(plane_places, axis1)), op.Constant(value_int=2)), to=1)
+    corner = op.Cast(
+        op.Mod(op.Div(op.Unsqueeze(buckets, axis0), op.Unsqueeze(plane_places, axis1)), op.Constant(value_int=2)), to=1
+    )
     other_corner = op.Sub(op.Constant(value_float=1.0), corner)
 
     sliding = op.Constant(value_int=sliding_window)
@@ -151,7 +166,9 @@ def SocketAttention(
         cached_shape = op.Concat(kv_heads, flat, head_size, axis=0)
         keys = op.Cast(op.Reshape(op.Transpose(op.Gather(key_cache_out, pages), perm=[1, 0, 2, 3]), cached_shape), to=1)
         keys = op.Slice(keys, axis0, length, axis1)  # [Hkv, T, D]
-        values = op.Cast(op.Reshape(op.Transpose(op.Gather(value_cache_out, pages), perm=[1, 0, 2, 3]), cached_shape), to=1)
+        values = op.Cast(
+            op.Reshape(op.Transpose(op.Gather(value_cache_out, pages), perm=[1, 0, 2, 3]), cached_shape), to=1
+        )
         values = op.Slice(values, axis0, length, axis1)
         q = op.Cast(op.Slice(op.Squeeze(query, axis0), begin, end, axis1), to=1)  # [Hq, n, D]
 
@@ -174,7 +191,9 @@ def SocketAttention(
 
             # Codes of the cached tokens, unpacked: [Hq, L, T].
             words = op.Mod(op.Cast(op.Gather(code_cache_out, pages), to=7), word_range)
-            codes = op.Mod(op.Div(op.Unsqueeze(words, last_axis), word_places), code_range)  # [pages, Hkv, L, W, per_word]
+            codes = op.Mod(
+                op.Div(op.Unsqueeze(words, last_axis), word_places), code_range
+            )  # [pages, Hkv, L, W, per_word]
             codes = op.Transpose(codes, perm=[1, 2, 0, 3, 4])
             codes = op.Reshape(codes, op.Concat(kv_heads, axis1, tables, flat, axis=0))
             codes = op.Slice(codes, axis0, length, op.Constant(value_ints=[3]))
@@ -213,7 +232,9 @@ def SocketAttention(
         logits = op.Reshape(logits, op.Concat(query_heads, tokens, length, axis=0), allowzero=1)
         weights = op.Softmax(op.Where(mask, logits, op.Constant(value_float=-1e30)), axis=-1)
         weights = op.Reshape(weights, op.Concat(kv_heads, op.Mul(group, tokens), length, axis=0), allowzero=1)
-        attended = op.Reshape(op.MatMul(weights, values), op.Concat(axis1, query_heads, tokens, head_size, axis=0), allowzero=1)
+        attended = op.Reshape(
+            op.MatMul(weights, values), op.Concat(axis1, query_heads, tokens, head_size, axis=0), allowzero=1
+        )
         output = op.Concat(output, op.CastLike(attended, query), axis=2)
 
     # Padding tokens get zeros.

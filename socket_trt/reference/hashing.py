@@ -21,7 +21,8 @@ def key_codes(keys: Tensor, planes: Tensor) -> Tensor:
     rank = planes.shape[1]
     bits = torch.einsum("...d,lrd->...lr", keys, planes) >= 0
     weights = 2 ** torch.arange(rank - 1, -1, -1, device=keys.device)
-    return (bits * weights).sum(-1)
+    codes: Tensor = (bits * weights).sum(-1)
+    return codes
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -38,7 +39,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 def unpack_codes(words: Tensor, bits: int) -> Tensor:
     """Inverse of `pack_codes`: int32 [..., words] to int64 [..., words * 32 / bits]."""
     shifts = bits * torch.arange(32 // bits, device=words.device)
-    codes = (words.long().unsqueeze(-1) >> shifts) & (2**bits - 1)
+    codes: Tensor = (words.long().unsqueeze(-1) >> shifts) & (2**bits - 1)
     return codes.reshape(*words.shape[:-1], -1)
 
 

@@ -6,6 +6,7 @@ at most, L tables, R planes, W = page_size * bits / 32 words, bits = 8 up to 8 p
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -70,14 +71,12 @@ def socket_attention(
     wide_planes = planes.to(compute_dtype)
     caches = append(key, value, key_cache, value_cache, code_cache, norm_cache, page_table, past, start, wide_planes)
     output = torch.zeros_like(query)
-    for row, (first, last) in enumerate(zip(start, start[1:], strict=False)):
+    for row, (first, last) in enumerate(itertools.pairwise(start)):
         if first == last:
             continue
         sequence = gather_sequence(*caches, page_table[row], past[row] + last - first, code_bits(planes.shape[1]))
         q = query[0, :, first:last].to(compute_dtype)
-        mask = attended_set(
-            q, sequence.codes, sequence.norms.to(compute_dtype), wide_planes, past[row], attributes
-        )
+        mask = attended_set(q, sequence.codes, sequence.norms.to(compute_dtype), wide_planes, past[row], attributes)
         keys, values = sequence.keys.to(compute_dtype), sequence.values.to(compute_dtype)
         attended = attend(q, keys, values, mask, attributes.scale, attributes.softcap)
         output[0, :, first:last] = attended.to(query.dtype)
@@ -160,9 +159,13 @@ def _check(
     sequences, row_pages = page_table.shape
     words = page_size * code_bits(rank) // 32
     if page_size != attributes.page_size:
-        raise ValueError(f"the caches hold {page_size} tokens a page, the attribute page_size says {attributes.page_size}")
+        raise ValueError(
+            f"the caches hold {page_size} tokens a page, the attribute page_size says {attributes.page_size}"
+        )
     if query.shape[0] != 1 or key.shape[1] != kv_heads or query.shape[1] % kv_heads or query.shape[3] != head_size:
-        raise ValueError(f"query {list(query.shape)} and key {list(key.shape)} do not fit key_cache {list(key_cache.shape)}")
+        raise ValueError(
+            f"query {list(query.shape)} and key {list(key.shape)} do not fit key_cache {list(key_cache.shape)}"
+        )
     if list(code_cache.shape) != [pages, kv_heads, tables, words]:
         raise ValueError(f"code_cache is {list(code_cache.shape)}, expected {[pages, kv_heads, tables, words]}")
     if list(past_length.shape) != [sequences] or list(query_start.shape) != [sequences + 1]:

@@ -25,7 +25,7 @@ def collision_scores(
     collisions = table.gather(-1, codes.repeat_interleave(group, 0)).sum(-2)
     scores = collisions * norms.repeat_interleave(group, 0)
     if selection == Selection.kv_head:
-        shared = scores.unflatten(0, (-1, group)).sum(1)
+        shared = scores.reshape(-1, group, scores.shape[-1]).sum(1)
         scores = shared.repeat_interleave(group, 0)
     return scores
 

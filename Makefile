@@ -1,0 +1,47 @@
+# `make demo` and `make test` set everything up and run; both work on a fresh clone without a GPU.
+PYTHON ?= python3
+# Which torch to install: a plain `torch` brings gigabytes of CUDA libraries on Linux.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml | cksum | cut -d' ' -f1)
+DEMO := build/demo
+
+.PHONY: setup demo test lint typecheck format clean
+
+setup: $(STAMP)
+
+$(STAMP):
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+# Build, validate and generate from `tiny`, with a budget small enough that a short prompt is already sparse.
+demo: setup
+	$(BIN)/socket-trt build --model tiny --output $(DEMO) --force \
+		--sink 32 --window 32 --budget 0.05 --page-size 32 --max-seq-len 2048
+	$(BIN)/socket-trt validate $(DEMO)
+	$(BIN)/socket-trt generate $(DEMO) --prompt-file docs/method.md --max-tokens 64
+
+test: setup lint typecheck
+	$(BIN)/python -m pytest -n auto --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@files=$$(git ls-files '*.cu' '*.cuh' '*.cpp' '*.h'); \
+		if [ -n "$$files" ]; then $(BIN)/clang-format --dry-run --Werror $$files; else echo "no native code to lint"; fi
+
+typecheck: setup
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	@files=$$(git ls-files '*.cu' '*.cuh' '*.cpp' '*.h'); if [ -n "$$files" ]; then $(BIN)/clang-format -i $$files; fi
+
+clean:
+	rm -rf $(VENV) build

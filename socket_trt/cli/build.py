@@ -1,0 +1,154 @@
+"""`socket-trt build`."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from socket_trt.cli.console import RichProgress, out, table
+from socket_trt.cli.sizes import human_bytes
+from socket_trt.config import AttentionKind, Selection, SocketConfig, parse_budget
+from socket_trt.engine.manifest import Manifest
+from socket_trt.errors import MissingDependencyError
+
+_DEFAULT = SocketConfig()
+
+
+class SelectionName(str, enum.Enum):
+    """`Selection` by name, as the command line takes it."""
+
+    query_head = Selection.query_head.name
+    kv_head = Selection.kv_head.name
+
+
+class Backend(str, enum.Enum):
+    auto = "auto"
+    onnxruntime = "onnxruntime"
+    tensorrt = "tensorrt"
+
+
+class DType(str, enum.Enum):
+    auto = "auto"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class Weights(str, enum.Enum):
+    external = "external"
+    embedded = "embedded"
+
+
+def build(
+    model: Annotated[str, typer.Option("-m", "--model", help="Preset, hub id (owner/name) or checkpoint directory.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Engine directory to write.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Directory with the model's weights, instead of a download.")
+    ] = None,
+    random_weights: Annotated[
+        bool,
+        typer.Option("--random-weights", help="Draw the weights at random: the model's shapes without a download."),
+    ] = False,
+    dtype: Annotated[
+        DType, typer.Option(help="Of weights, caches and activations; auto: float32 for ONNX Runtime, else float16.")
+    ] = DType.auto,
+    backend: Annotated[
+        Backend, typer.Option(help="What will run the engine; auto: TensorRT where it can.")
+    ] = Backend.auto,
+    attention: Annotated[AttentionKind, typer.Option(help="dense builds the baseline engine.")] = AttentionKind.socket,
+    tables: Annotated[int, typer.Option(help="L, hash tables.")] = _DEFAULT.tables,
+    planes: Annotated[int, typer.Option(help="R, hyperplanes a table.")] = _DEFAULT.planes,
+    temperature: Annotated[float, typer.Option(help="tau of the bucket probabilities.")] = _DEFAULT.temperature,
+    sink: Annotated[int, typer.Option(help="First tokens, always attended.")] = _DEFAULT.sink,
+    window: Annotated[int, typer.Option(help="Last tokens, always attended.")] = _DEFAULT.window,
+    budget: Annotated[
+        str, typer.Option(help="Tokens chosen: a fraction in steps of 0.001, a number, or both (the larger counts).")
+    ] = f"{_DEFAULT.budget_permille / 1000},{_DEFAULT.budget_tokens}",
+    min_length: Annotated[
+        int, typer.Option(help="Sequences no longer than this are attended densely.")
+    ] = _DEFAULT.min_length,
+    selection: Annotated[
+        SelectionName, typer.Option(help="Each query head chooses for itself, or a KV head's query heads together.")
+    ] = SelectionName[_DEFAULT.selection.name],
+    page_size: Annotated[int, typer.Option(help="Tokens a page of the cache.")] = _DEFAULT.page_size,
+    weights: Annotated[
+        Weights, typer.Option(help="external: stay in the checkpoint's files; embedded: copied beside the graph.")
+    ] = Weights.external,
+    max_batch_size: Annotated[int, typer.Option(help="Rows a step may have at most.")] = 8,
+    max_seq_len: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence at most; the model's own limit by default.")
+    ] = None,
+    opset: Annotated[int, typer.Option(help="ONNX opset of the graph, 17 to 23.")] = 18,
+    seed: Annotated[int, typer.Option(help="Of the hyperplanes and of random weights.")] = _DEFAULT.seed,
+    graph_only: Annotated[bool, typer.Option("--graph-only", help="Write the graph, no weights.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing engine directory.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+) -> None:
+    """Build an engine directory from a Hugging Face model."""
+    socket = SocketConfig.create(
+        tables=tables,
+        planes=planes,
+        temperature=temperature,
+        sink=sink,
+        window=window,
+        **parse_budget(budget),
+        min_length=min_length,
+        selection=selection.value,
+        page_size=page_size,
+        seed=seed,
+    )
+    try:
+        from socket_trt.engine.build import BuildOptions, build_engine
+        from socket_trt.engine.tensorrt import choose_backend
+        from socket_trt.models.checkpoint import resolve_model
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"building needs the package '{error.name}': pip install 'socket-trt[export]'"
+        ) from None
+    chosen = choose_backend(backend.value)
+    automatic = "float32" if chosen == "onnxruntime" else "float16"
+    progress = RichProgress()
+    with progress.task("Resolving the model"):
+        source = resolve_model(model, checkpoint, random_weights)
+    manifest = build_engine(
+        source,
+        output,
+        BuildOptions(
+            socket=socket,
+            attention=attention,
+            backend=chosen,
+            dtype=automatic if dtype is DType.auto else dtype.value,  # type: ignore[arg-type]
+            weights=weights.value,
+            max_batch_size=max_batch_size,
+            max_seq_len=max_seq_len,
+            opset=opset,
+            graph_only=graph_only,
+            force=force,
+            seed=seed,
+        ),
+        progress,
+    )
+    if as_json:
+        out.print_json(manifest.model_dump_json())
+    else:
+        out.print(_summary(manifest, output))
+
+
+def _summary(manifest: Manifest, output: Path) -> object:
+    graph = output / manifest.graph.file
+    weights = sum(record.size for record in manifest.weights.files.values())
+    return table(
+        f"Built {output}",
+        ("", ""),
+        [
+            ("model", f"{manifest.model.name} ({manifest.model.family}, {manifest.model.layers} layers)"),
+            ("attention", f"{manifest.attention.value}, {manifest.model.layers} SocketAttention nodes"),
+            ("graph", f"{graph.name}, {human_bytes(graph.stat().st_size)}, opset {manifest.graph.opset}"),
+            ("weights", f"{manifest.weights.mode}, {human_bytes(weights)}"),
+            ("runs on", f"{manifest.backend}, {manifest.dtype}"),
+            ("next", f"socket-trt validate {output}"),
+        ],
+    )

@@ -1,0 +1,55 @@
+"""`socket-trt`: one module a command; this one gathers them and turns errors into one line and an exit status.
+
+Exit status: 0 done, 1 a validation failed, 2 an error that the user can mend.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.markup import escape
+
+from socket_trt import __version__
+from socket_trt.cli import build, doctor, generate, inspect, validate
+from socket_trt.cli.console import err, out
+from socket_trt.errors import SocketTrtError
+
+app = typer.Typer(
+    name="socket-trt",
+    help="SOCKET sparse attention for TensorRT engines: build, validate and run long-context models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("build")(build.build)
+app.command("inspect")(inspect.inspect)
+app.command("validate")(validate.validate)
+app.command("generate")(generate.generate)
+app.command("doctor")(doctor.doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"socket-trt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Options that belong to no command."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; `arguments` are the process's by default.  Always ends in SystemExit."""
+    try:
+        app(args=arguments)
+    except SocketTrtError as error:
+        err.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""`socket-trt validate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from socket_trt.cli.console import RichProgress, out, table
+from socket_trt.engine.manifest import EngineDirectory
+from socket_trt.errors import MissingDependencyError
+
+if TYPE_CHECKING:
+    from socket_trt.validation.report import ValidationReport
+
+_COLOURS = {"passed": "[green]passed[/]", "failed": "[bold red]FAILED[/]", "skipped": "[yellow]skipped[/]"}
+
+
+def validate(
+    directory: Annotated[Path, typer.Argument(help="Engine directory.")],
+    seed: Annotated[int, typer.Option(help="Of the random tokens that are fed.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Compare an engine directory with its PyTorch model, write validation.json, exit with 1 where a gate fails."""
+    engine = EngineDirectory.open(directory)
+    try:
+        from socket_trt.validation.validate import validate_engine
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"validation needs the package '{error.name}': pip install 'socket-trt[validate]'"
+        ) from None
+    report = validate_engine(engine, RichProgress(), seed)
+    if as_json:
+        out.print_json(report.model_dump_json())
+    else:
+        _print(report, directory)
+    raise typer.Exit(0 if report.passed else 1)
+
+
+def _print(report: ValidationReport, directory: Path) -> None:
+    rows = [(g.gate, _COLOURS[g.outcome], g.measured, g.bound, g.detail) for g in report.gates]
+    title = f"{directory}: {report.model} ({report.family}), {report.dtype}, {report.attention}"
+    out.print(table(title, ("gate", "", "measured", "bound", "what"), rows))

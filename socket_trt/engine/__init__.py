@@ -1,0 +1,1 @@
+"""Engine directories: what `socket-trt build` writes and every other command reads."""

@@ -1,0 +1,1 @@
+"""`socket-trt validate`: an engine directory against PyTorch, gate by gate."""

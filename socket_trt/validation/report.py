@@ -1,0 +1,39 @@
+"""What validation found: one result a gate, written to validation.json."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+VALIDATION_FILE = "validation.json"
+
+Outcome = Literal["passed", "failed", "skipped"]
+
+
+class GateResult(BaseModel):
+    """One gate: what was compared, the figure that decides, and the bound it was held to."""
+
+    gate: str
+    outcome: Outcome
+    measured: str
+    bound: str
+    detail: str = ""
+
+
+class ValidationReport(BaseModel):
+    """All gates of one engine directory, and with what they were run."""
+
+    engine_graph_sha256: str
+    model: str
+    family: str
+    dtype: str
+    attention: str
+    versions: dict[str, str]
+    sequence_lengths: list[int]
+    seconds: float
+    gates: list[GateResult]
+
+    @property
+    def passed(self) -> bool:
+        return all(gate.outcome != "failed" for gate in self.gates)
