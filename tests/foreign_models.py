@@ -176,7 +176,7 @@ def genai_model(form: GenaiForm = GenaiForm()) -> onnx.ModelProto:
         out = w.linear(attended, f"{name}/o_proj", QUERY_WIDTH, HIDDEN)
         x, residual = _skip_norm(w, residual, out, f"{name}/post")
         out = w.mlp(x, f"{name}/mlp")
-        x, residual = _skip_norm(w, residual, out, f"{name}/next")
+        x, residual = _skip_norm(w, residual, out, f"{name}/next", last=layer == LAYERS - 1)
     if form.prune:
         x = w.node("Unsqueeze", w.node("Gather", x, w.scalar(-1), axis=1, to="/lm_head/prune/Gather"), w.ints(1))
     if form.int4:
@@ -200,11 +200,12 @@ def genai_model(form: GenaiForm = GenaiForm()) -> onnx.ModelProto:
     return w.model()
 
 
-def _skip_norm(w: ModelWriter, residual: str, x: str, name: str) -> tuple[str, str]:
-    outputs = (f"{name}/output_0", "", "", f"{name}/output_3")
+def _skip_norm(w: ModelWriter, residual: str, x: str, name: str, last: bool = False) -> tuple[str, str]:
+    """The norm of residual + x, and that sum, which nothing wants of the last one."""
+    outputs = (f"{name}/output_0",) if last else (f"{name}/output_0", "", "", f"{name}/output_3")
     weight = w.weight(f"{name}.weight", HIDDEN, mean=1.0)
     w.node("SkipSimplifiedLayerNormalization", residual, x, weight, domain=MICROSOFT, outputs=outputs, epsilon=1e-6)
-    return outputs[0], outputs[3]
+    return outputs[0], outputs[-1]
 
 
 MaskWriter = Callable[[ModelWriter], str]
@@ -255,6 +256,15 @@ def chunked_mask(size: int) -> MaskWriter:
     return write
 
 
+def square_mask(w: ModelWriter) -> str:
+    """Causal, as the last rows of a triangle of all tokens by all tokens."""
+    length = w.node("Shape", "attention_mask", start=1, end=2)
+    tokens = w.node("Shape", "input_ids", start=1, end=2)
+    ones = w.node("Expand", w.constant("one", np.array(1, np.int64)), w.node("Concat", length, length, axis=0))
+    rows = w.node("Slice", w.node("Trilu", ones, upper=0), w.node("Neg", tokens), w.ints(2**31), w.ints(0))
+    return _with_padding(w, w.node("Cast", rows, to_type=TensorProto.BOOL))
+
+
 def alibi_mask(w: ModelWriter) -> str:
     queries, keys = _positions_of_keys(w)
     distance = w.node("Cast", w.node("Sub", keys, queries), to_type=TensorProto.FLOAT)
@@ -283,6 +293,7 @@ class OnnxForm:
     softcap: float = 0.0
     position_input: bool = True  # else positions are counted in the graph
     causal: bool = False
+    cached: bool = True  # else is_causal=1 on the step's tokens alone, counted in the graph
 
 
 def onnx_model(form: OnnxForm = OnnxForm(), opset: int = 23) -> onnx.ModelProto:
@@ -291,14 +302,19 @@ def onnx_model(form: OnnxForm = OnnxForm(), opset: int = 23) -> onnx.ModelProto:
     batch: list[int | str] = ["batch_size", "sequence_length"]
     w.input("input_ids", TensorProto.INT64, batch)
     w.input("attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"])
-    if form.position_input:
+    if not form.cached:
+        # Nothing says how much came before: positions count from zero.
+        tokens = w.node("Gather", w.node("Shape", "input_ids"), w.scalar(1))
+        counted = w.node("Unsqueeze", w.node("Range", w.scalar(0), tokens, w.scalar(1)), w.ints(0))
+        positions = w.node("Expand", counted, w.node("Shape", "input_ids"))
+    elif form.position_input:
         positions = w.input("position_ids", TensorProto.INT64, batch)
     else:
         counted = w.node("Sub", w.node("CumSum", "attention_mask", w.scalar(1)), w.scalar(1))
         tokens = w.node("Shape", "input_ids", start=1, end=2)
         end = w.ints(2**31)
         positions = w.node("Slice", counted, w.node("Neg", tokens), end, w.ints(1))
-    mask = "" if form.past_inside else form.mask(w)
+    mask = "" if form.past_inside or not form.cached else form.mask(w)
     cos, sin = w.rope_tables()
     x = w.node("Gather", w.weight("embed_tokens", VOCABULARY, HIDDEN), "input_ids")
     for layer in range(LAYERS):
@@ -330,12 +346,14 @@ def _onnx_attention(
         else:
             w.shaped(value, "batch_size", "sequence_length", width)
         heads[part] = value
-    past, presents = w.past(layer), w.presents(layer)
+    past, presents = (w.past(layer), w.presents(layer)) if form.cached else ([], ())
     options: dict[str, object] = {"scale": 0.23, "softcap": form.softcap}
     if not form.heads_first:
         options |= {"q_num_heads": QUERY_HEADS, "kv_num_heads": KV_HEADS}
     if form.past_inside:
         inputs, outputs, options["is_causal"] = (*heads.values(), "", *past), (f"{name}/attention", *presents), 1
+    elif not form.cached:
+        inputs, outputs, options["is_causal"] = tuple(heads.values()), (f"{name}/attention",), 1
     else:
         cached = [
             w.node("Concat", p, heads[part], to=present, axis=2)
