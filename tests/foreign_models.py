@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 LAYERS, VOCABULARY, HIDDEN, INNER = 2, 61, 64, 96
-QUERY_HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 16
+QUERY_HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 32
 MAX_POSITIONS = 128
 QUERY_WIDTH, KV_WIDTH = QUERY_HEADS * HEAD_SIZE, KV_HEADS * HEAD_SIZE
 MICROSOFT = "com.microsoft"
@@ -72,8 +72,8 @@ class ModelWriter:
         product = self.node("MatMul", x, self.weight(f"{name}.weight", rows, columns), to=f"{name}/MatMul")
         return self.shaped(product, "batch_size", "sequence_length", columns)
 
-    def rope_tables(self) -> tuple[str, str]:
-        angles = np.arange(MAX_POSITIONS)[:, None] * 100.0 ** (-np.arange(HEAD_SIZE // 2) / (HEAD_SIZE // 2))
+    def rope_tables(self, rotated: int = HEAD_SIZE) -> tuple[str, str]:
+        angles = np.arange(MAX_POSITIONS)[:, None] * 100.0 ** (-np.arange(rotated // 2) / (rotated // 2))
         return (
             self.constant("cos_cache", np.cos(angles).astype(np.float32)),
             self.constant("sin_cache", np.sin(angles).astype(np.float32)),
@@ -114,6 +114,7 @@ class GenaiForm:
     softcap: float = 0.0
     prune: bool = False  # logits of the last token only
     int4: bool = False  # lm_head as MatMulNBits
+    rotated: int = HEAD_SIZE  # entries of a head that the rotary embedding turns
     cache_dim: str | int = "kv_cache_dim"
     extra: tuple[tuple[str, object], ...] = ()  # further attributes of the attention
     trailing: tuple[str, ...] = ("", "", "")  # position_ids, attention_bias, head_sink
@@ -122,9 +123,10 @@ class GenaiForm:
 def genai_model(form: GenaiForm = GenaiForm()) -> onnx.ModelProto:
     """A model as `python -m onnxruntime_genai.models.builder -p fp32 -e cpu` writes it.
 
-    Checked against the builder of onnxruntime-genai 0.18.0 on tiny random Llama, Qwen2, Qwen3, Mistral and Gemma2
-    checkpoints: the attention-mask subgraph, the order and absence of the attention's inputs, its attributes, the norms,
-    the symbol for the cache's head size and the pruned lm_head are the builder's (`test_real_genai_builder` compares).
+    Checked against the builder of onnxruntime-genai 0.18.0 on a tiny random Llama: the attention's operator, inputs present
+    and absent, attributes and outputs, and the norms, are the builder's (`test_real_genai_builder` compares them wherever
+    the package is installed).  What it builds of Qwen2, Qwen3, Mistral and Gemma2, with a pruned head and in int4, was
+    rewritten too and gave the original logits.
     """
     w = ModelWriter(opset=22)
     batch: list[int | str] = ["batch_size", "sequence_length"]
@@ -138,7 +140,7 @@ def genai_model(form: GenaiForm = GenaiForm()) -> onnx.ModelProto:
     sizes = w.node("Shape", "attention_mask", to=f"{prefix}/Shape")
     total = w.node("Cast", w.node("Gather", sizes, w.scalar(1), axis=0), to_type=TensorProto.INT32)
 
-    cos, sin = w.rope_tables()
+    cos, sin = w.rope_tables(form.rotated)
     residual = w.node("Gather", w.weight("embed_tokens", VOCABULARY, HIDDEN), "input_ids", to="/embed_tokens/Gather")
     x = w.node(
         "SimplifiedLayerNormalization",
@@ -211,10 +213,10 @@ def _skip_norm(w: ModelWriter, residual: str, x: str, name: str, last: bool = Fa
 MaskWriter = Callable[[ModelWriter], str]
 
 
-def _positions_of_keys(w: ModelWriter) -> tuple[str, str]:
+def _positions_of_keys(w: ModelWriter, tokens: str = "") -> tuple[str, str]:
     """int64 [S, 1] positions of the queries and [1, T] of the keys, from the inputs' sizes."""
     length = w.node("Gather", w.node("Shape", "attention_mask"), w.scalar(1))
-    tokens = w.node("Gather", w.node("Shape", "input_ids"), w.scalar(1))
+    tokens = tokens or w.node("Gather", w.node("Shape", "input_ids"), w.scalar(1))
     keys = w.node("Range", w.scalar(0), length, w.scalar(1))
     queries = w.node("Range", w.node("Sub", length, tokens), length, w.scalar(1))
     return w.node("Unsqueeze", queries, w.ints(1)), w.node("Unsqueeze", keys, w.ints(0))
@@ -256,6 +258,14 @@ def chunked_mask(size: int) -> MaskWriter:
     return write
 
 
+def mask_of_hidden_states(w: ModelWriter) -> str:
+    """Causal; the number of queries is read off an activation that comes out of a large weight."""
+    hidden = w.node("Gather", w.weight("wide", VOCABULARY, 2048), "input_ids")
+    w.shaped(hidden, "batch_size", "sequence_length", 2048)
+    queries, keys = _positions_of_keys(w, w.node("Gather", w.node("Shape", hidden), w.scalar(1)))
+    return _with_padding(w, w.node("LessOrEqual", keys, queries))
+
+
 def square_mask(w: ModelWriter) -> str:
     """Causal, as the last rows of a triangle of all tokens by all tokens."""
     length = w.node("Shape", "attention_mask", start=1, end=2)
@@ -288,7 +298,7 @@ class OnnxForm:
 
     heads_first: bool = True  # [B, H, S, D], else [B, S, H * D]
     past_inside: bool = False  # the node's own past_key and past_value, is_causal=1
-    repeat: str = ""  # "", "expand" or "gather": how K and V get the query's heads, if they do
+    repeat: str = ""  # how K and V get the query's heads, if they do: see `_repeat`
     mask: MaskWriter = causal_mask
     softcap: float = 0.0
     position_input: bool = True  # else positions are counted in the graph
@@ -370,14 +380,19 @@ def _onnx_attention(
 
 
 def _repeat(w: ModelWriter, value: str, how: str) -> str:
+    """By "expand", "gather" or "tile behind heads" (repeat_kv), "tile" or "tile heads" (not repeat_kv), or not at all."""
     copies = QUERY_HEADS // KV_HEADS
     if how == "gather":
         value = w.node("Gather", value, w.ints(*np.repeat(np.arange(KV_HEADS), copies).tolist()), axis=1)
     elif how == "tile":  # [0, 1, 0, 1]: not what grouped queries want
         value = w.node("Tile", value, w.ints(1, copies, 1, 1))
-    elif how == "expand":
+    elif how in ("expand", "tile behind heads", "tile heads"):
         wide = w.shaped(w.node("Unsqueeze", value, w.ints(2)), "batch_size", KV_HEADS, 1, "total", HEAD_SIZE)
-        value = w.node("Expand", wide, w.ints(1, 1, copies, 1, 1))
+        if how == "expand":
+            value = w.node("Expand", wide, w.ints(1, 1, copies, 1, 1))
+        else:
+            axes = (1, 1, copies, 1, 1) if how == "tile behind heads" else (1, copies, 1, 1, 1)
+            value = w.node("Tile", wide, w.ints(*axes))
         value = w.node("Reshape", value, w.ints(0, QUERY_HEADS, -1, HEAD_SIZE))
     else:
         return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from socket_trt.errors import GraphError
 from socket_trt.onnx.rewrite import rewrite_file, weights_outside
 from socket_trt.reference import socket_attention
 from tests.foreign_models import (
+    HEAD_SIZE,
     GenaiForm,
     OnnxForm,
     additive_window_mask,
@@ -28,6 +30,7 @@ from tests.foreign_models import (
     chunked_mask,
     genai_model,
     learned_mask,
+    mask_of_hidden_states,
     onnx_model,
     square_mask,
 )
@@ -53,7 +56,9 @@ GENAI_FORMS = {
     "separate": GenaiForm(packed=False),
     "rotary outside": GenaiForm(packed=False, rotary_inside=False),
     "interleaved, softcap": GenaiForm(interleaved=True, softcap=1.5),
-    "window": GenaiForm(window=7, extra=(("sliding_window_cache", 1),), cache_dim=16),
+    "half rotated": GenaiForm(rotated=16),
+    "half rotated, interleaved": GenaiForm(rotated=16, interleaved=True),
+    "window": GenaiForm(window=7, extra=(("sliding_window_cache", 1),), cache_dim=HEAD_SIZE),
     "pruned int4 head": GenaiForm(prune=True, int4=True),
 }
 
@@ -77,6 +82,7 @@ ONNX_FORMS = {
     "heads first": (OnnxForm(), -1),
     "repeat_kv": (OnnxForm(repeat="expand", softcap=2.0), -1),
     "repeat by Gather": (OnnxForm(repeat="gather"), -1),
+    "repeat by Tile": (OnnxForm(repeat="tile behind heads"), -1),
     "3-D, own past": (OnnxForm(heads_first=False, past_inside=True), -1),
     "4-D, own past": (OnnxForm(past_inside=True), -1),
     "window in an additive mask": (OnnxForm(mask=additive_window_mask(7)), 7),
@@ -157,6 +163,7 @@ def test_refuses_variants_of_group_query_attention(form: GenaiForm, message: str
         (OnnxForm(mask=alibi_mask), "adds a bias"),
         (OnnxForm(mask=learned_mask), "depends on the weight 'relative_bias'; give the sliding window explicitly"),
         (OnnxForm(mask=square_mask), "cut out of a square of all tokens; give the sliding window explicitly"),
+        (OnnxForm(repeat="tile heads"), "not known to be repeat_kv"),
         (OnnxForm(repeat="tile"), "not known to be repeat_kv"),
         (OnnxForm(causal=True), "is_causal=1 over a cache concatenated outside"),
         (OnnxForm(mask=lambda w: ""), "neither a mask nor is_causal=1"),
@@ -217,6 +224,87 @@ def test_model_without_cache(tmp_path: Path) -> None:
     assert close(packed_logits(output, tokens), [w[0, n - 1 :] for w, n in zip(whole, PROMPTS, strict=True)])
 
 
+def attention_of(model: onnx.ModelProto) -> onnx.NodeProto:
+    return next(n for n in model.graph.node if n.op_type in ("Attention", "GroupQueryAttention"))
+
+
+def set_attribute(model: onnx.ModelProto, name: str, value: object) -> None:
+    node = attention_of(model)
+    kept = [a for a in node.attribute if a.name != name]
+    del node.attribute[:]
+    node.attribute.extend([*kept, onnx.helper.make_attribute(name, value)])
+
+
+def quantise_cache(model: onnx.ModelProto) -> None:
+    for value in model.graph.input:
+        if value.name.startswith("past"):
+            value.type.tensor_type.elem_type = onnx.TensorProto.INT8
+
+
+def compute_tables(model: onnx.ModelProto) -> None:
+    """The rope table as the output of a node, as where it is chosen by the length."""
+    model.graph.node.insert(0, onnx.helper.make_node("Neg", ["cos_cache"], ["chosen"], name="/choose"))
+    attention_of(model).input[7] = "chosen"
+
+
+def use_scores(model: onnx.ModelProto) -> None:
+    node = attention_of(model)
+    node.output.extend([""] * (3 - len(node.output)) + ["scores"])
+    model.graph.output.append(onnx.helper.make_tensor_value_info("scores", onnx.TensorProto.FLOAT, None))
+
+
+def compute_past(model: onnx.ModelProto) -> None:
+    node = attention_of(model)
+    place = list(node.input).index("past_key_values.0.key")
+    node.input[place] = "older"
+    model.graph.node.insert(0, onnx.helper.make_node("Neg", ["past_key_values.0.key"], ["older"]))
+
+
+def forget_shapes(model: onnx.ModelProto) -> None:
+    del model.graph.value_info[:]
+
+
+def set_head_size(model: onnx.ModelProto) -> None:
+    """The second layer's heads are of another size than the first's."""
+    for value in model.graph.input:
+        if value.name.startswith("past_key_values.1"):
+            value.type.tensor_type.shape.dim[3].Clear()
+            value.type.tensor_type.shape.dim[3].dim_value = 8
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "message"),
+    [
+        (
+            genai_model,
+            lambda m: set_attribute(m, "kv_num_heads", 3),
+            "num_heads 4 does not divide among kv_num_heads 3",
+        ),
+        (genai_model, quantise_cache, "quantised caches are not supported"),
+        (genai_model, compute_tables, "'chosen' is computed by Neg"),
+        (genai_model, use_scores, "its output_qk is used"),
+        (genai_model, compute_past, "are not graph inputs"),
+        (genai_model, forget_shapes, "its head size is not known; run ONNX shape inference"),
+        (genai_model, set_head_size, "has head size 8 .* the first attention 32"),
+        (onnx_model, lambda m: set_attribute(m, "left_window_size", 4), "left_window_size is not supported"),
+        (onnx_model, use_scores, "its qk_matmul_output is used"),
+        (onnx_model, forget_shapes, "the rank of its query is not known; run ONNX shape inference"),
+        (lambda: onnx_model(OnnxForm(past_inside=True)), compute_past, "are not graph inputs of their own"),
+    ],
+)
+def test_refuses_attentions_it_does_not_understand(
+    model: Callable[[], onnx.ModelProto], change: Callable[[onnx.ModelProto], None], message: str, tmp_path: Path
+) -> None:
+    changed = model()
+    change(changed)
+    refuse(changed, tmp_path, "nothing was: .*" + message if "first attention" not in message else message)
+
+
+def test_mask_from_the_shape_of_an_activation(tmp_path: Path) -> None:
+    """A size read off the hidden states is known by its symbol; no weight is read for it."""
+    assert_rewritten(save(onnx_model(OnnxForm(mask=mask_of_hidden_states)), tmp_path))
+
+
 def test_explicit_sliding_window(tmp_path: Path) -> None:
     """The caller's word counts where a mask cannot be read, and only there."""
     refuse(
@@ -225,6 +313,7 @@ def test_explicit_sliding_window(tmp_path: Path) -> None:
         "has a sliding window of 7, but no",
         sliding_window=-1,
     )
+    refuse(genai_model(), tmp_path, "has no sliding window, but a sliding window of 9 was given", sliding_window=9)
     refuse(onnx_model(), tmp_path, "sliding window 0: give a number", sliding_window=0)
     source = save(onnx_model(OnnxForm(mask=learned_mask)), tmp_path)
     tokens = random_tokens()

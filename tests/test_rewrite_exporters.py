@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 
-from tests.foreign_models import VOCABULARY, genai_model
+from tests.foreign_models import HEAD_SIZE, VOCABULARY, genai_model
 from tests.rewriting import PROMPTS, assert_rewritten, close, packed_logits, random_tokens, rewrite
 
 
@@ -37,7 +37,7 @@ def torch_export(model: torch.nn.Module, path: Path, masked: bool) -> Path:
     batch, tokens, past = 2, 5, 7
     dynamic = torch.export.Dim.DYNAMIC
     both, cached = {0: dynamic, 1: dynamic}, {0: dynamic, 2: dynamic}
-    caches = [(torch.randn(batch, 2, past, 16), torch.randn(batch, 2, past, 16)) for _ in range(2)]
+    caches = [(torch.randn(batch, 2, past, HEAD_SIZE), torch.randn(batch, 2, past, HEAD_SIZE)) for _ in range(2)]
     arguments = (
         torch.zeros(batch, tokens, dtype=torch.long),
         torch.ones(batch, tokens + past, dtype=torch.long) if masked else None,
@@ -64,11 +64,11 @@ def tiny_model(family: str) -> torch.nn.Module:
     import transformers
 
     common = {
-        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
     }  # fmt: skip
     if family == "Mistral":
-        common |= {"sliding_window": 7, "head_dim": 16}
+        common |= {"sliding_window": 7}
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**common)
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()

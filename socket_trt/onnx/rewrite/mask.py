@@ -36,7 +36,7 @@ class MaskReader:
 
     def __init__(self, evaluator: Evaluator, sliding_window: int | None) -> None:
         self._evaluator = evaluator
-        self._given = sliding_window
+        self.given = sliding_window
         self._known: dict[ir.Value, int] = {}
 
     @property
@@ -48,7 +48,7 @@ class MaskReader:
         """The window of a mask input of an attention node, -1 if it is causal and nothing else.
 
         causal: the node is causal by itself, whatever the mask admits.
-        Raises MismatchError where the mask admits something else, or the caller's window contradicts it.
+        Raises MismatchError where the mask admits something else and the caller has not said what.
         """
         if mask not in self._known:
             self._known[mask] = self._read(mask, causal)
@@ -56,18 +56,13 @@ class MaskReader:
 
     def _read(self, mask: ir.Value, causal: bool) -> int:
         try:
-            found = self._computed_window(mask, causal)
+            return self._computed_window(mask, causal)
         except MismatchError as error:
-            if self._given is not None:
-                return self._given
+            if self.given is not None:
+                return self.given
             raise MismatchError(
                 f"its mask '{mask.name}' {error}; give the sliding window explicitly, -1 if the mask is only causal"
             ) from None
-        if self._given is not None and self._given != found:
-            raise MismatchError(
-                f"its mask '{mask.name}' has {_named(found)}, but {_named(self._given)} was given; leave it out"
-            )
-        return found
 
     def _computed_window(self, mask: ir.Value, causal: bool) -> int:
         if not self.has_cache:
@@ -122,7 +117,3 @@ def _expected(situation: Situation, window: int) -> tuple[npt.NDArray[np.bool_],
     seen = (key <= query) & ((query - key < window) | (window < 0))
     padding = np.array(situation.padding)[:, None, None]
     return seen & (key >= padding), query >= padding
-
-
-def _named(window: int) -> str:
-    return "no sliding window" if window < 0 else f"a sliding window of {window}"

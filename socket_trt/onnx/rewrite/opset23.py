@@ -129,6 +129,10 @@ def _before_repeat(value: ir.Value) -> tuple[ir.Value, int]:
     copies = producer(reshape.inputs[0], "Expand") or producer(reshape.inputs[0], "Tile")
     if copies is None:
         return value, 1
+    if copies.op_type == "Tile":
+        times = integers(copies.inputs[1])
+        if times is None or len(times) != 5 or any(n != 1 for axis, n in enumerate(times) if axis != 2):
+            return value, 1  # copies of whole groups of heads
     inserted = copies.inputs[0]
     unsqueeze = producer(inserted, "Unsqueeze") or producer(inserted, "Reshape")
     if unsqueeze is None:

@@ -160,12 +160,21 @@ def find_attentions(model: ir.Model, masks: MaskReader) -> list[Attention]:
     if first.dtype not in _TYPES:
         raise GraphError(f"the attentions compute in {first.dtype}; convert the model to float32, float16 or bfloat16")
     for attention in found:
+        if masks.given is not None and attention.sliding_window != masks.given:
+            raise GraphError(
+                f"{describe(attention.node)} has {_named(attention.sliding_window)}, but {_named(masks.given)} was given; "
+                "leave it out"
+            )
         if (attention.head_size, attention.dtype) != (first.head_size, first.dtype):
             raise GraphError(
                 f"{describe(attention.node)} has head size {attention.head_size} in {attention.dtype}, the first attention "
                 f"{first.head_size} in {first.dtype}: all must share one set of hyperplanes"
             )
     return found
+
+
+def _named(window: int) -> str:
+    return "no sliding window" if window < 0 else f"a sliding window of {window}"
 
 
 def _attention_like(model: ir.Model) -> Iterator[tuple[ir.Node, str]]:
