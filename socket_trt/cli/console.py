@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
@@ -11,7 +12,8 @@ from rich.table import Table
 
 from socket_trt.progress import Advance
 
-out = Console(highlight=False, soft_wrap=True)
+# A table in a log or a pipe is read on something wider than rich's 80 columns.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -31,7 +33,7 @@ class RichProgress:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """A plain table for stdout."""
-    grid = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    grid = Table(title=title, title_justify="left", show_edge=False, pad_edge=False, show_header=any(columns))
     for column in columns:
         grid.add_column(column, overflow="fold")
     for row in rows:

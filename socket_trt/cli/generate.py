@@ -44,20 +44,23 @@ def generate(
     )
     with open_generator(EngineDirectory.open(directory)) as generator:
         if stream and not as_json:
-            for piece in (running := generator.stream(text, parameters)):
+            generation = generator.stream(text, parameters)
+            for piece in generation:
                 sys.stdout.write(piece)
                 sys.stdout.flush()
             sys.stdout.write("\n")
-            result = running.result
+            result = generation.result
         else:
             (result,) = generator.generate([text], parameters)
+    if result.error is not None:
+        raise result.error
     if as_json:
         out.print_json(data=dataclasses.asdict(result))
         return
     if not stream:
         sys.stdout.write(result.text + "\n")
     err.print(
-        f"[dim]{result.prompt_tokens} prompt tokens, {len(result.token_ids)} generated ({result.finish_reason})[/]"
+        f"[dim]{result.prompt_tokens} prompt tokens, {len(result.token_ids)} generated ({result.finish_reason.value})[/]"
     )
 
 

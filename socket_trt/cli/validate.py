@@ -39,6 +39,6 @@ def validate(
 
 
 def _print(report: ValidationReport, directory: Path) -> None:
-    rows = [(g.gate, _COLOURS[g.outcome], g.measured, g.bound, g.detail) for g in report.gates]
+    rows = [(g.gate.value, _COLOURS[g.outcome], g.measured, g.bound, g.detail) for g in report.gates]
     title = f"{directory}: {report.model} ({report.family}), {report.dtype}, {report.attention}"
     out.print(table(title, ("gate", "", "measured", "bound", "what"), rows))

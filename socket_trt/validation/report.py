@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from typing import Literal
 
 from pydantic import BaseModel
@@ -11,10 +12,20 @@ VALIDATION_FILE = "validation.json"
 Outcome = Literal["passed", "failed", "skipped"]
 
 
+class Gate(str, enum.Enum):
+    """What validation compares, in the order of the report."""
+
+    whole_model = "whole model, budget keeps everything"
+    operators = "each layer's operator, sparse"
+    code_bits = "code bits"
+    selections = "selections"
+    greedy = "greedy tokens, budget keeps everything"
+
+
 class GateResult(BaseModel):
     """One gate: what was compared, the figure that decides, and the bound it was held to."""
 
-    gate: str
+    gate: Gate
     outcome: Outcome
     measured: str
     bound: str

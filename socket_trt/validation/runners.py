@@ -92,11 +92,12 @@ class TransformersRunner(_StepRunner):
 
 
 class ReferenceOperatorRunner(BaseRunner):  # type: ignore[misc]
-    """The PyTorch reference of one operator."""
+    """The PyTorch reference of one operator; `example` shows its inputs' dtypes and ranks."""
 
-    def __init__(self, attributes: OperatorAttributes, name: str) -> None:
+    def __init__(self, attributes: OperatorAttributes, example: dict[str, np.ndarray], name: str) -> None:
         super().__init__(name=name)
         self._attributes = attributes
+        self._example = example
 
     def activate_impl(self) -> None:
         """Nothing to open."""
@@ -107,7 +108,8 @@ class ReferenceOperatorRunner(BaseRunner):  # type: ignore[misc]
     def get_input_metadata_impl(self) -> TensorMetadata:
         metadata = TensorMetadata()
         for name in names.OPERATOR_INPUTS:
-            metadata.add(name, dtype=None, shape=None)
+            array = self._example[name]
+            metadata.add(name, dtype=array.dtype, shape=(None,) * array.ndim)
         return metadata
 
     def infer_impl(self, feed_dict: Arrays) -> Arrays:
@@ -115,4 +117,6 @@ class ReferenceOperatorRunner(BaseRunner):  # type: ignore[misc]
         begin = time.perf_counter()
         outputs = socket_attention(**inputs, attributes=self._attributes)
         self.inference_time = time.perf_counter() - begin
-        return OrderedDict((name, tensor.numpy()) for name, tensor in zip(names.OPERATOR_OUTPUTS, outputs, strict=True))
+        return OrderedDict(
+            (name, tensor.contiguous().numpy()) for name, tensor in zip(names.OPERATOR_OUTPUTS, outputs, strict=True)
+        )

@@ -40,12 +40,13 @@ def first_sparse_length(config: SocketConfig) -> int | None:
 def make_scenario(manifest: Manifest, seed: int = 0) -> Scenario:
     """A long row in two prefill chunks and a short one beside it, then decode steps of both.
 
-    The long row is half as long again as the first length that is sparse, as far as the engine's sequence limit lets it.
+    The long row is half as long again as the first length that is sparse, and eight pages at least, as far as the
+    engine's sequence limit lets it.
     """
     rng = np.random.default_rng(seed)
     sparse = first_sparse_length(manifest.socket) or 0
     longest = manifest.max_seq_len
-    long = min(max(sparse + sparse // 2, 2 * manifest.socket.page_size + 3), longest - DECODE_STEPS)
+    long = min(max(sparse + sparse // 2, 8 * manifest.socket.page_size + 3), longest - DECODE_STEPS)
     if manifest.max_batch_size == 1:
         chunks = [[(0, long // 2)], [(long // 2, long)]]
     else:

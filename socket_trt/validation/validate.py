@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,7 @@ from socket_trt.runtime.onnxruntime_session import OnnxRuntimeSession
 from socket_trt.runtime.session import Session
 from socket_trt.validation import gates
 from socket_trt.validation.gates import OperatorCall
-from socket_trt.validation.report import VALIDATION_FILE, GateResult, ValidationReport
+from socket_trt.validation.report import VALIDATION_FILE, Gate, GateResult, ValidationReport
 from socket_trt.validation.runners import feed_dict
 from socket_trt.validation.scenario import Scenario, make_scenario
 from socket_trt.validation.variants import EngineGraph
@@ -27,7 +28,7 @@ from socket_trt.validation.variants import EngineGraph
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-GREEDY_TOKENS = 24
+GREEDY_PROMPT, GREEDY_TOKENS = 512, 24
 
 
 def validate_engine(engine: EngineDirectory, progress: Progress, seed: int = 0) -> ValidationReport:
@@ -46,23 +47,23 @@ def validate_engine(engine: EngineDirectory, progress: Progress, seed: int = 0) 
         model = load_model(engine)
 
     def open_dense() -> Session:
-        return OnnxRuntimeSession(engine, scenario.num_pages, gates.keeps_everything(graph))
+        changed = None if manifest.attention is AttentionKind.dense else gates.keeps_everything(graph)
+        return OnnxRuntimeSession(engine, graph=changed)
 
-    results: list[GateResult] = []
-    with progress.task("Comparing the whole model"):
-        results.append(gates.whole_model(open_dense, model, scenario, tolerances))
-    with progress.task("Comparing greedy tokens"):
-        prompt = scenario.tokens[-1][: min(len(scenario.tokens[-1]), manifest.max_seq_len - GREEDY_TOKENS)].tolist()
-        greedy = gates.greedy_text(open_dense, model, prompt, GREEDY_TOKENS, tolerances)
     with progress.task("Recording operator inputs"):
         calls = record_calls(model, manifest, scenario)
-    with progress.task("Comparing each layer's operator"):
-        results.append(gates.operators(graph, calls, tolerances))
-    with progress.task("Comparing code bits"):
-        results.append(gates.code_bit_gate(graph, calls, tolerances))
-    with progress.task("Comparing selections"):
-        results.append(_selections(graph, calls, manifest))
-    results.append(greedy)
+    prompt = scenario.tokens[0][: min(GREEDY_PROMPT, manifest.max_seq_len - GREEDY_TOKENS)].tolist()
+    runs: dict[Gate, Callable[[], GateResult]] = {
+        Gate.whole_model: lambda: gates.whole_model(open_dense, model, scenario, tolerances),
+        Gate.operators: lambda: gates.operators(graph, calls, tolerances),
+        Gate.code_bits: lambda: gates.code_bits_written(graph, calls, tolerances),
+        Gate.selections: lambda: _selections(graph, calls, manifest),
+        Gate.greedy: lambda: gates.greedy_text(open_dense, model, prompt, GREEDY_TOKENS, tolerances),
+    }
+    results = []
+    for gate, run in runs.items():
+        with progress.task(f"Comparing: {gate.value}"):
+            results.append(_outcome(gate, run))
 
     report = ValidationReport(
         engine_graph_sha256=manifest.graph.sha256,
@@ -119,15 +120,27 @@ def record_calls(model: PreTrainedModel, manifest: Manifest, scenario: Scenario)
 
 def _recorder(calls: list[OperatorCall], step: int) -> Observer:
     def record(layer: int, inputs: tuple[torch.Tensor, ...], attributes: OperatorAttributes) -> None:
-        arrays = {name: tensor.detach().numpy() for name, tensor in zip(names.OPERATOR_INPUTS, inputs, strict=True)}
+        arrays = {
+            name: tensor.detach().contiguous().numpy()
+            for name, tensor in zip(names.OPERATOR_INPUTS, inputs, strict=True)
+        }
         calls.append(OperatorCall(layer, step, arrays, attributes))
 
     return record
 
 
+def _outcome(gate: Gate, run: Callable[[], GateResult]) -> GateResult:
+    """The gate's result; an engine that cannot even run what the gate feeds it has failed the gate."""
+    try:
+        return run()
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return GateResult(gate=gate, outcome="failed", measured="did not run", bound="-", detail=reason[:200])
+
+
 def _selections(graph: EngineGraph, calls: list[OperatorCall], manifest: Manifest) -> GateResult:
     if manifest.attention is AttentionKind.dense:
         return GateResult(
-            gate="selections", outcome="skipped", measured="-", bound="-", detail="a dense engine selects nothing"
+            gate=Gate.selections, outcome="skipped", measured="-", bound="-", detail="a dense engine selects nothing"
         )
     return gates.selections(graph, calls, gates.TOLERANCES[manifest.dtype])

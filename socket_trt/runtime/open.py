@@ -1,0 +1,50 @@
+"""From an engine directory to something that generates text."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from tokenizers import Tokenizer
+
+from socket_trt.engine.manifest import EngineDirectory
+from socket_trt.errors import EngineError
+from socket_trt.runtime.generator import TextGenerator
+from socket_trt.runtime.session import Session
+
+
+def open_session(engine: EngineDirectory, num_pages: int | None = None) -> Session:
+    """The session of the backend that the engine was built for.
+
+    `num_pages`: size of the cache's pool; by default a full batch of full sequences fits.
+    Raises EngineError or CheckpointError where graph or weights are not what the build left.
+    """
+    if engine.manifest.backend != "onnxruntime":
+        raise EngineError(f"{engine.path}: built for {engine.manifest.backend}, which this release cannot run yet")
+    from socket_trt.runtime.onnxruntime_session import OnnxRuntimeSession
+
+    return OnnxRuntimeSession(engine, num_pages)
+
+
+def load_tokenizer(engine: EngineDirectory) -> Tokenizer:
+    """Raises EngineError where the engine has none."""
+    path = engine.tokenizer_file
+    if not path.is_file():
+        raise EngineError(
+            f"{engine.path}: has no tokenizer.json, because its checkpoint had none; copy one there to generate text"
+        )
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise EngineError(f"{path}: not a tokenizer ({error}); copy the checkpoint's there again") from None
+
+
+@contextlib.contextmanager
+def open_generator(engine: EngineDirectory) -> Iterator[TextGenerator]:
+    """A generator on a session that is closed at the end."""
+    tokenizer = load_tokenizer(engine)
+    session = open_session(engine)
+    try:
+        yield TextGenerator(session, tokenizer, engine.manifest.model.stop_token_ids)
+    finally:
+        session.close()

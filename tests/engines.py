@@ -1,0 +1,28 @@
+"""Engine directories for tests, built once a test process."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+
+from socket_trt.config import SocketConfig
+from socket_trt.engine.build import BuildOptions, build_engine
+from socket_trt.models.checkpoint import resolve_model
+from socket_trt.progress import Silent
+
+# Sparse from a few dozen tokens on.
+SOCKET = SocketConfig(sink=8, window=8, budget_tokens=0, budget_permille=100, page_size=16)
+MAX_SEQ_LEN = 512
+
+
+@functools.cache
+def tiny_engine(dtype: str = "float32", **changes: object) -> Path:
+    """An engine of `tiny`; read it, do not write to it (`copy_engine` makes one that may be written to)."""
+    socket_changes = {key: value for key, value in changes.items() if key in SocketConfig.model_fields}
+    options = {key: value for key, value in changes.items() if key not in socket_changes}
+    directory = Path(tempfile.mkdtemp(prefix="socket-trt-test-")) / "engine"
+    socket = SocketConfig.create(**SOCKET.model_dump() | socket_changes)
+    build_options = BuildOptions(socket, dtype=dtype, **{"max_seq_len": MAX_SEQ_LEN} | options)  # type: ignore[arg-type]
+    build_engine(resolve_model("tiny"), directory, build_options, Silent())
+    return directory
