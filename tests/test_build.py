@@ -172,7 +172,7 @@ def test_a_build_that_fails_leaves_what_was_there(
     def fail(*_: object) -> None:
         raise failure
 
-    monkeypatch.setattr(build_module, "_save_graph", fail)
+    monkeypatch.setattr(build_module, "save_graph", fail)
     expected = EngineError if isinstance(failure, OSError) else type(failure)
     with pytest.raises(expected):
         build(output, force=True)

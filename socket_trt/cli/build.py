@@ -140,6 +140,8 @@ def build(
 def _summary(manifest: Manifest, output: Path) -> object:
     graph = output / manifest.graph.file
     weights = sum(record.size for record in manifest.weights.files.values())
+    has_weights = manifest.weights.mode != "absent"
+    following = f"socket-trt validate {output}" if has_weights else "the same without --graph-only, to run it"
     return table(
         f"Built {output}",
         ("", ""),
@@ -149,6 +151,6 @@ def _summary(manifest: Manifest, output: Path) -> object:
             ("graph", f"{graph.name}, {human_bytes(graph.stat().st_size)}, opset {manifest.graph.opset}"),
             ("weights", f"{manifest.weights.mode}, {human_bytes(weights)}"),
             ("runs on", f"{manifest.backend}, {manifest.dtype}"),
-            ("next", f"socket-trt validate {output}"),
+            ("next", following),
         ],
     )

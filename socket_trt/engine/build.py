@@ -40,8 +40,8 @@ from socket_trt.models.checkpoint import COMPANIONS, ModelSource, stop_token_ids
 from socket_trt.models.families import head_size
 from socket_trt.models.random_checkpoint import plan_checkpoint, random_tensor, write_checkpoint
 from socket_trt.models.tiny import write_tokenizer
-from socket_trt.onnx.export import EXPORT_OPSET, export_model, parameter_shapes
-from socket_trt.onnx.function import MAX_OPSET, MIN_OPSET, function_body
+from socket_trt.onnx.export import EXPORT_OPSET, export_model, parameter_shapes, save_graph
+from socket_trt.onnx.function import MAX_OPSET, MIN_OPSET
 from socket_trt.onnx.weights import attach_weights
 from socket_trt.progress import Progress
 from socket_trt.weights import FileRecord, TensorLocation, index_checkpoint, record_file, sha256_of
@@ -98,7 +98,7 @@ def build_engine(source: ModelSource, output: Path, options: BuildOptions, progr
         _copy_companions(source.checkpoint or made, stage)
 
         weights = _place_weights(model, used, source.checkpoint, stage, options, progress)
-        _save_graph(model, stage, options, weights.mode)
+        save_graph(model, stage / GRAPH_FILE, EMBEDDED_WEIGHTS_FILE if weights.mode == "embedded" else None)
         manifest = _manifest(source, stage, model, weights, socket, options, max_seq_len)
         (stage / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n")
     return manifest
@@ -209,13 +209,6 @@ def _record_files(directory: Path, files: list[str], progress: Progress) -> dict
     total = sum((directory / name).stat().st_size for name in files)
     with progress.task("Hashing the weights", total) as advance:
         return {name: record_file(directory / name, advance) for name in files}
-
-
-def _save_graph(model: ir.Model, stage: Path, options: BuildOptions, mode: str) -> None:
-    function = ir.from_proto(function_body(options.opset))
-    model.functions[function.identifier()] = function
-    model.producer_name, model.producer_version = "socket-trt", __version__
-    ir.save(model, stage / GRAPH_FILE, external_data=EMBEDDED_WEIGHTS_FILE if mode == "embedded" else None)
 
 
 def _manifest(

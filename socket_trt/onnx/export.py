@@ -10,6 +10,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -19,11 +20,11 @@ from onnxscript.values import Opset
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from socket_trt import names
+from socket_trt import __version__, names
 from socket_trt.config import OperatorAttributes, SocketConfig
 from socket_trt.models.families import head_size
 from socket_trt.models.packed import IMPLEMENTATION, PackedModel, empty_caches, freeze_rope
-from socket_trt.onnx import schema as _schema  # noqa: F401  (the operator must be known before export)
+from socket_trt.onnx.function import function_body
 from socket_trt.onnx.opset17 import lower_to_opset17
 
 if TYPE_CHECKING:
@@ -115,6 +116,22 @@ def export_model(
     planes.name = names.PLANES
     graph_model.graph.register_initializer(planes)
     return graph_model
+
+
+def attention_nodes(model: ir.Model) -> list[ir.Node]:
+    """The `SocketAttention` nodes of a graph, layer by layer."""
+    return [node for node in model.graph if (node.domain, node.op_type) == (names.DOMAIN, names.OPERATOR)]
+
+
+def save_graph(model: ir.Model, path: Path, external_data: str | None = None) -> None:
+    """Write the graph with the operator's function body in it, so that any ONNX runtime can run it.
+
+    external_data: a file beside `path` to copy the weights to; without it they stay where they are.
+    """
+    function = ir.from_proto(function_body(model.graph.opset_imports[""]))
+    model.functions[function.identifier()] = function
+    model.producer_name, model.producer_version = "socket-trt", __version__
+    ir.save(model, path, external_data=external_data)
 
 
 def _example(
