@@ -42,7 +42,8 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
     )
-    with open_generator(EngineDirectory.open(directory)) as generator:
+    engine = EngineDirectory.open(directory)
+    with open_generator(engine) as generator:
         if stream and not as_json:
             generation = generator.stream(text, parameters)
             for piece in generation:
@@ -59,8 +60,9 @@ def generate(
         return
     if not stream:
         sys.stdout.write(result.text + "\n")
+    random = "; the weights are random, so the text means nothing" if engine.manifest.model.random_weights else ""
     err.print(
-        f"[dim]{result.prompt_tokens} prompt tokens, {len(result.token_ids)} generated ({result.finish_reason.value})[/]"
+        f"[dim]{result.prompt_tokens} prompt tokens, {len(result.token_ids)} generated ({result.finish_reason.value}){random}[/]"
     )
 
 
