@@ -232,6 +232,23 @@ def test_preemption_takes_the_latest_and_replays_its_tokens_in_decode_rows() -> 
         harness.check_finished(request_id)
 
 
+def test_a_preempted_request_comes_before_those_that_were_waiting() -> None:
+    limits = dataclasses.replace(LIMITS, num_pages=6, max_batch_size=2)  # 5 pages of 4 tokens
+    harness = Harness(limits, max_step_tokens=8)
+    first, second = (harness.submit([n] * 4, max_tokens=9, ignore_eos=True) for n in (1, 2))
+    waiting = harness.submit([3] * 2, max_tokens=6, ignore_eos=True)
+    finished: list[int] = []
+    while not harness.scheduler.idle:
+        finished += [event.request_id for event in harness.step() if event.finish_reason]
+        if harness.scheduler.preemptions and not finished:
+            # The second lacks a page that the first has taken; the third would fit, and does not take the others.
+            assert (harness.scheduler.running_requests, harness.scheduler.queue_length) == (1, 2)
+    assert harness.scheduler.preemptions == 1
+    assert finished == [first, second, waiting]
+    for request_id in harness.requests:
+        harness.check_finished(request_id)
+
+
 def test_requests_are_admitted_in_the_order_of_their_arrival() -> None:
     """A small request that would fit does not overtake a large one that has to wait."""
     limits = dataclasses.replace(LIMITS, num_pages=9)
@@ -261,6 +278,26 @@ def test_a_stream_of_late_requests_does_not_starve_an_early_one() -> None:
     harness.run()
     for request_id in harness.requests:
         harness.check_finished(request_id)
+
+
+@pytest.mark.parametrize("max_step_tokens", range(3, 9))
+def test_a_step_of_few_tokens_keeps_room_for_the_chunk_of_a_prompt(max_step_tokens: int) -> None:
+    """A prompt of three tokens cannot be cut: where the decodes leave two, requests after it would take them."""
+    harness = Harness(dataclasses.replace(LIMITS, max_batch_size=8), max_step_tokens)
+    decoding = max_step_tokens - 2
+    for i in range(decoding):
+        harness.submit([i], max_tokens=5 + i, ignore_eos=True)
+    prompt = harness.submit([9, 8, 7], max_tokens=4, ignore_eos=True)
+    for step in range(12):
+        harness.submit([step], max_tokens=20, ignore_eos=True)
+        harness.step()
+        assert harness.scheduler.running_requests <= max_step_tokens - 2
+    # The earliest has its last token in the fifth step; the prompt runs in the next, beside the others' decodes.
+    counts = harness.row_counts()
+    assert counts[:5] == [[1] * decoding] * 5
+    assert counts[5] == [1] * (decoding - 1) + [3]
+    harness.run()
+    harness.check_finished(prompt)
 
 
 def test_cancelling_returns_the_pages_at_once_wherever_the_request_stands() -> None:
