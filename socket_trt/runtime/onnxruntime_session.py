@@ -16,14 +16,22 @@ _ONNX_TYPE = {"F32": 1, "F16": 10, "BF16": 16, "F64": 11}
 _NUMPY_DTYPE = {"float32": np.float32, "float16": np.float16}
 
 
+def session_options() -> ort.SessionOptions:
+    """How the project runs ONNX Runtime everywhere."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # warnings speak of its own optimiser
+    # Threads that wait sleep: spinning starves whatever else runs on the machine, other sessions first.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
 def open_inference_session(engine: EngineDirectory, graph: bytes | None = None) -> ort.InferenceSession:
     """ONNX Runtime's session over the engine's graph, its weights mapped from where they lie.
 
     `graph` is another graph with the same weights (validation runs variants of the engine's own).
     Raises EngineError where ONNX Runtime refuses the graph.
     """
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # warnings speak of its own optimiser
+    options = session_options()
     weights = engine.manifest.weights
     if weights.mode == "external":
         values = [

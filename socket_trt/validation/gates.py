@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.comparator import Comparator, SimpleCompareFunc
 
 from socket_trt import names
@@ -21,7 +21,13 @@ from socket_trt.runtime.sampling import SamplingParameters
 from socket_trt.runtime.scheduler import Scheduler
 from socket_trt.runtime.session import Session
 from socket_trt.validation.report import Gate, GateResult
-from socket_trt.validation.runners import ReferenceOperatorRunner, SessionRunner, TransformersRunner, feed_dict
+from socket_trt.validation.runners import (
+    ReferenceOperatorRunner,
+    SessionRunner,
+    TransformersRunner,
+    feed_dict,
+    operator_runner,
+)
 from socket_trt.validation.scenario import Scenario
 from socket_trt.validation.selection_probe import Arrays, attended_tokens, decode_rows, written_codes
 from socket_trt.validation.variants import EngineGraph
@@ -105,7 +111,7 @@ def operators(graph: EngineGraph, calls: list[OperatorCall], tolerances: Toleran
     for layer, of_layer in _by_layer(calls).items():
         runners = [
             ReferenceOperatorRunner(of_layer[0].attributes, of_layer[0].inputs, "reference"),
-            OnnxrtRunner(SessionFromOnnx(graph.operator(layer)), "engine"),
+            operator_runner(graph.operator(layer), "engine"),
         ]
         results = Comparator.run(runners, data_loader=[call.inputs for call in of_layer])
         for expected, actual in zip(results["reference"], results["engine"], strict=True):
@@ -127,7 +133,7 @@ def code_bits_written(graph: EngineGraph, calls: list[OperatorCall], tolerances:
     """Gate 3: code bits that the operator writes, against float64 projections, away from zero and near it."""
     wrong = near_zero = near_zero_differ = total = 0
     for layer, of_layer in _by_layer(calls).items():
-        with OnnxrtRunner(SessionFromOnnx(graph.operator(layer))) as runner:
+        with operator_runner(graph.operator(layer)) as runner:
             for call in of_layer:
                 codes = written_codes(runner.infer(call.inputs)["code_cache_out"], call.inputs)
                 bits, clear = _expected_bits(call, tolerances.projection)
@@ -150,7 +156,7 @@ def selections(graph: EngineGraph, calls: list[OperatorCall], tolerances: Tolera
     """Gate 4: the sets that decode queries attend to, against the reference's in float64."""
     overlaps, wrong, heads_seen = [], 0, 0
     for layer, of_layer in _by_layer(calls).items():
-        with OnnxrtRunner(SessionFromOnnx(graph.operator(layer, scale=0.0))) as runner:
+        with operator_runner(graph.operator(layer, scale=0.0)) as runner:
 
             def run(inputs: Arrays, runner: OnnxrtRunner = runner) -> npt.NDArray[Any]:
                 return np.asarray(runner.infer(inputs)["output"])

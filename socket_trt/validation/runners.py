@@ -8,13 +8,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnxruntime as ort
 import torch
 from polygraphy.backend.base import BaseRunner
+from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 
 from socket_trt import names
 from socket_trt.config import OperatorAttributes
 from socket_trt.reference import socket_attention
+from socket_trt.runtime.onnxruntime_session import session_options
 from socket_trt.runtime.session import IntArray, Session, StepBatch
 
 if TYPE_CHECKING:
@@ -89,6 +92,13 @@ class TransformersRunner(_StepRunner):
                 result = self._model(input_ids=torch.from_numpy(ids)[None].long(), past_key_values=cache)
             rows.append(result.logits[0, batch.logits_indices[row] - first].float().numpy())
         return np.stack(rows)
+
+
+def operator_runner(model: bytes, name: str | None = None) -> OnnxrtRunner:
+    """Runs a serialised model of one operator on ONNX Runtime's CPU provider."""
+    return OnnxrtRunner(
+        lambda: ort.InferenceSession(model, session_options(), providers=["CPUExecutionProvider"]), name=name
+    )
 
 
 class ReferenceOperatorRunner(BaseRunner):  # type: ignore[misc]
