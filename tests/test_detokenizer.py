@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -80,7 +82,8 @@ def test_any_bytes_in_any_cut_make_up_their_decoding(name: str) -> None:
     tokenizer = TOKENIZERS[name]
     characters = "你🚀"
     spelt = spelled(characters) if name == "byte_level" else [f"<0x{byte:02X}>" for byte in characters.encode()]
-    alphabet = [tokenizer.token_to_id(token) for token in [*spelt, "o"]]
+    special = tokenizer.get_vocab_size() - 1
+    alphabet = [*(tokenizer.token_to_id(token) for token in [*spelt, "o"]), special]
     assert None not in alphabet
 
     @HYPOTHESIS
@@ -126,6 +129,41 @@ def test_special_tokens_are_left_out_or_spelt() -> None:
     tokens = [tokenizer.token_to_id(token) for token in ("▁Hello", "</s>", "▁world")]
     assert pieces_of(tokenizer, tokens) == ["Hello", "", " world", ""]
     assert "".join(pieces_of(tokenizer, tokens, skip_special_tokens=False)) == "Hello</s> world"
+
+
+@pytest.mark.parametrize("skipped", ["special", "unknown"])
+def test_what_the_decoder_never_sees_does_not_end_a_run_of_bytes(skipped: str) -> None:
+    """The last byte is no UTF-8, which makes its decoder replace the first as well."""
+    tokenizer = TOKENIZERS["byte_fallback"]
+    size = tokenizer.get_vocab_size()  # a model may have more tokens than its tokenizer
+    tokens = [tokenizer.token_to_id("<0x6F>"), {"special": size - 1, "unknown": size}[skipped]]
+    tokens.append(tokenizer.token_to_id("<0x80>"))
+    assert tokenizer.decode(tokens) == "\ufffd\ufffd"
+    assert pieces_of(tokenizer, tokens) == ["", "", "", "\ufffd\ufffd"]
+
+
+class Measured:
+    """A tokenizer, and how many tokens it had to decode at a time."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.sizes: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def decode(self, tokens: list[int], **options: Any) -> str:
+        self.sizes.append(len(tokens))
+        return self._tokenizer.decode(tokens, **options)
+
+
+@pytest.mark.parametrize(("name", "token"), [("byte_level", "a"), ("byte_fallback", "na"), ("metaspace", "▁Hello")])
+def test_a_token_costs_the_same_however_long_the_text_is(name: str, token: str) -> None:
+    measured = Measured(TOKENIZERS[name])
+    special = measured.get_vocab_size() - 1
+    pieces_of(measured, [measured.token_to_id(token), special] * 100)  # type: ignore[arg-type]
+    assert max(measured.sizes) <= 2
+    assert len(measured.sizes) <= 201
 
 
 def passed(stop: list[str], pieces: list[str]) -> tuple[list[str], bool]:

@@ -25,6 +25,8 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
+        added = tokenizer.get_added_tokens_decoder() if skip_special_tokens else {}
+        self._skipped = frozenset(token for token, content in added.items() if content.special)
         self._window: list[int] = []
         self._context = 0  # tokens of the window that are context only
         self._context_length = 0  # characters of their text
@@ -32,8 +34,11 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """The text that is certain now; "" while a character is incomplete."""
+        name = self._tokenizer.id_to_token(token)
+        if name is None or token in self._skipped:
+            return ""  # the decoder never sees it: a character may go on after it
         self._window.append(token)
-        if _BYTE_TOKEN.fullmatch(self._tokenizer.id_to_token(token) or ""):
+        if _BYTE_TOKEN.fullmatch(name):
             # One byte that is no UTF-8 makes its decoder replace every byte of the run: none is certain before its end.
             return ""
         text = self._decode()
