@@ -116,6 +116,35 @@ def test_a_stop_string_that_the_last_token_completes_is_the_reason() -> None:
     assert len(result.token_ids) == 8
 
 
+@pytest.mark.parametrize("reason", FinishReason)
+def test_what_is_left_of_a_character_may_complete_a_stop_string(reason: FinishReason) -> None:
+    """However the generation ends, no text passes the stop string; what cut it short is still the reason."""
+    seed, following = incomplete_character()
+    values = {
+        FinishReason.length: {"max_tokens": 1},
+        FinishReason.stop_token: {"stop_token_ids": (following,)},
+    }.get(reason, {})
+    generator = make(fail_at=[1] if reason is FinishReason.error else [])
+    stream = generator.stream("Hello", parameters(seed, stop=("\ufffd",), **values))
+    generator.advance()
+    if reason is FinishReason.cancelled:
+        stream.close()
+    assert list(stream) == []
+    assert stream.result.text == ""
+    ended_early = reason in (FinishReason.cancelled, FinishReason.error)
+    assert stream.result.finish_reason is (reason if ended_early else FinishReason.stop_string)
+
+
+def incomplete_character() -> tuple[int, int]:
+    """A seed whose first token from "Hello" is a byte that begins no character by itself, and the token after it."""
+    for seed in range(1000):
+        tokens = expected_tokens("Hello", parameters(seed, max_tokens=2))
+        alone = TOKENIZER.decode(tokens[:1]) == "\ufffd" == TOKENIZER.decode(tokens)[:1]
+        if alone and tokens[0] != tokens[1]:
+            return seed, tokens[1]
+    raise AssertionError("no such seed")
+
+
 def ascii_seed() -> int:
     """A seed whose text from "Hello" begins with characters of one byte each, all different."""
     for seed in range(10000):

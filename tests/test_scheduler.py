@@ -217,12 +217,10 @@ def test_preemption_takes_the_latest_and_replays_its_tokens_in_decode_rows() -> 
     first = harness.submit([1] * 4, max_tokens=10, ignore_eos=True)
     second = harness.submit([2] * 4, max_tokens=9, ignore_eos=True)
     third = harness.submit([3] * 2, max_tokens=2, ignore_eos=True)
-    finished = []
-    while not harness.scheduler.idle:
-        finished += [event.request_id for event in harness.step() if event.finish_reason]
+    harness.run()
     # The second had generated 5 tokens when the first needed the last page; 4 of them were cached.
     assert harness.scheduler.preemptions == 1
-    assert finished == [third, first, second]
+    assert list(harness.last) == [third, first, second]
     replay = harness.session.batches[-6:]
     assert [np.diff(batch.query_start).tolist() for batch in replay][:2] == [[4], [1, 1, 1, 1]]
     assert replay[1].past_length.tolist() == [4, 5, 6, 7]
@@ -233,18 +231,15 @@ def test_preemption_takes_the_latest_and_replays_its_tokens_in_decode_rows() -> 
 
 
 def test_a_preempted_request_comes_before_those_that_were_waiting() -> None:
-    limits = dataclasses.replace(LIMITS, num_pages=6, max_batch_size=2)  # 5 pages of 4 tokens
-    harness = Harness(limits, max_step_tokens=8)
+    harness = Harness(dataclasses.replace(LIMITS, num_pages=6), max_step_tokens=8)  # 5 pages of 4 tokens
     first, second = (harness.submit([n] * 4, max_tokens=9, ignore_eos=True) for n in (1, 2))
-    waiting = harness.submit([3] * 2, max_tokens=6, ignore_eos=True)
-    finished: list[int] = []
-    while not harness.scheduler.idle:
-        finished += [event.request_id for event in harness.step() if event.finish_reason]
-        if harness.scheduler.preemptions and not finished:
-            # The second lacks a page that the first has taken; the third would fit, and does not take the others.
-            assert (harness.scheduler.running_requests, harness.scheduler.queue_length) == (1, 2)
+    waiting = harness.submit([3] * 13, max_tokens=2, ignore_eos=True)  # 4 pages
+    harness.step()
+    assert (harness.scheduler.running_requests, harness.scheduler.queue_length) == (2, 1)
+    harness.run()
+    # The second loses its pages to the first.  When that ends, there is room for either of the others, not for both.
     assert harness.scheduler.preemptions == 1
-    assert finished == [first, second, waiting]
+    assert list(harness.last) == [first, second, waiting]
     for request_id in harness.requests:
         harness.check_finished(request_id)
 
@@ -258,9 +253,8 @@ def test_requests_are_admitted_in_the_order_of_their_arrival() -> None:
     small = harness.submit([3] * 2, max_tokens=1)
     harness.step()
     assert (harness.scheduler.running_requests, harness.scheduler.queue_length) == (1, 2)
-    finished = []
-    while not harness.scheduler.idle:
-        finished += [event.request_id for event in harness.step() if event.finish_reason]
+    harness.run()
+    finished = list(harness.last)
     assert finished.index(large) <= finished.index(small)
 
 
