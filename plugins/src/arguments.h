@@ -1,0 +1,88 @@
+// What every kernel of the SocketAttention operator is told: one structure, passed by value.
+//
+// Names follow socket_trt/reference.  An *item* is one decode query (all its heads): where a step has at most as many
+// tokens as sequences every token is an item, otherwise every sequence is (and the prefill kernel takes those with
+// several tokens).  Which items exist, and how long their sequences are, is known on the device alone: grids are sized
+// for the worst case that the shapes allow, and blocks without work leave at once.
+#ifndef SOCKET_TRT_ARGUMENTS_H_
+#define SOCKET_TRT_ARGUMENTS_H_
+
+#include <cstdint>
+
+#include "socket_trt/kernels.h"
+
+namespace socket_trt {
+
+enum ItemMode : int32_t { kItemNone = 0, kItemDense = 1, kItemSparse = 2 };
+
+// A decode query, as the append kernel finds it for all kernels behind it.
+struct Item {
+    int32_t row;     // sequence
+    int32_t token;   // its place in the packed step
+    int32_t length;  // tokens it may see, itself included
+    int32_t mode;
+};
+
+// A tile of a prefill chunk: up to kPrefillRows consecutive tokens of one sequence.
+struct PrefillTile {
+    int32_t row;
+    int32_t token;     // first token, in the packed step
+    int32_t tokens;    // 0: no work
+    int32_t position;  // of the first token in its sequence
+};
+
+// The selection of one item and head: zeroed by the append kernel, thresholds from the scoring kernel.
+struct SelectionState {
+    uint32_t total;      // slots in the finished list
+    uint32_t listed;     // slots written to it so far
+    uint32_t collected;  // tokens near the threshold, not yet decided
+    uint32_t finished;   // blocks of the select kernel that are done
+    uint32_t scored;     // blocks of the scoring kernel that are done (at the first head that they score)
+    uint32_t sure_bin;   // keys in histogram bins above this one are chosen for sure
+    uint32_t least_bin;  // keys in bins below this one are not
+    uint32_t unused;
+};
+
+constexpr int kHistogramBins = 2048;  // the upper 11 bits of a 16-bit score key
+constexpr int kFineBits = 5;          // the others
+constexpr int kCollectCapacity = 16384;
+constexpr int kPrefillRows = 128;     // BLOCK_M of plugins/triton/prefill_attention.py
+constexpr int kScoreUnit = 256;       // tokens whose keys a scoring warp may write at once: rows are padded to it
+constexpr int kSelectTokens = 16384;  // tokens a block of the select kernel looks at
+
+struct Arguments {
+    SocketTrtAttentionParams p;
+
+    // Derived on the host.
+    int32_t group;  // query heads a KV head
+    int32_t page_shift;
+    int32_t code_bytes;  // 1 or 2
+    int32_t max_length;  // M * page_size
+    int32_t items;
+    int32_t items_are_tokens;
+    int32_t sparse;        // 0: every sequence that fits the page table is attended densely
+    int32_t select_heads;  // heads that select: Hq or Hkv
+    int32_t key_stride;    // score keys of one item and head
+    int32_t list_stride;   // listed slots of one item and head
+    int32_t prefill_tiles;
+    int32_t sparse_splits;  // parts that one item's attention is split into
+    int32_t dense_splits;
+    int32_t dependent_launch;  // whether the device has programmatic dependent launches
+
+    // Workspace.
+    Item* item;                 // [items]
+    PrefillTile* prefill_tile;  // [prefill_tiles]
+    float* logit;               // [items, Hq, L, R]: 2 tanh(w . q) / (sqrt(D) tau)
+    uint32_t* histogram;        // [items, select_heads, kHistogramBins]: keys of a sample of the tokens
+    SelectionState* selection;  // [items, select_heads]
+    uint16_t* score_key;        // [items, select_heads, key_stride]
+    float* score_partial;       // [items, Hkv, key_stride], only where a score takes several passes
+    uint64_t* collected;        // [items, select_heads, kCollectCapacity]: key << 32 | ~position
+    int32_t* slot;              // [items, select_heads, list_stride]: page * page_size + place in the page
+    float* partial_output;      // [items, Hq, splits, D]
+    float* partial_stats;       // [items, Hq, splits, 2]: maximum (base 2) and sum
+};
+
+}  // namespace socket_trt
+
+#endif  // SOCKET_TRT_ARGUMENTS_H_

@@ -1,0 +1,115 @@
+// Device helpers that the kernels share: rows and pages read defensively, conversions, scans, dependent launches.
+#ifndef SOCKET_TRT_DEVICE_CUH_
+#define SOCKET_TRT_DEVICE_CUH_
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "arguments.h"
+
+namespace socket_trt {
+
+// Programmatic dependent launch: the next kernel's blocks may be scheduled while this one still runs; they wait here
+// until everything before them is complete and visible.  Every kernel calls both, first thing, so that waiting for the
+// predecessor is waiting for all predecessors.
+__device__ __forceinline__ void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ float to_float(__half x) {
+    return __half2float(x);
+}
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) {
+    return __bfloat162float(x);
+}
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+    return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+    return __float2bfloat16_rn(x);
+}
+
+__device__ __forceinline__ int clamp(int x, int low, int high) {
+    return min(max(x, low), high);
+}
+
+// The tokens of one sequence, brought into range whatever the device arrays hold.
+struct Row {
+    int first, count;  // in the packed step
+    int past;
+};
+
+__device__ __forceinline__ Row read_row(const Arguments& a, int row) {
+    Row r;
+    r.first = clamp(a.p.query_start[row], 0, a.p.tokens);
+    r.count = clamp(a.p.query_start[row + 1], r.first, a.p.tokens) - r.first;
+    r.past = clamp(a.p.past_length[row], 0, a.max_length);
+    return r;
+}
+
+// Page that holds `position` of sequence `row`; the null page where the table holds nonsense.
+__device__ __forceinline__ int read_page(const Arguments& a, int row, int position) {
+    if (position >= a.max_length) return 0;
+    const int page = a.p.page_table[static_cast<int64_t>(row) * a.p.pages_per_sequence + (position >> a.page_shift)];
+    return static_cast<uint32_t>(page) < static_cast<uint32_t>(a.p.pages) ? page : 0;
+}
+
+// Positions that a decode query may choose among, and those that it always attends to.
+struct Candidates {
+    int visible;      // first position inside the sliding window
+    int first, last;  // chosen among [first, last)
+
+    __device__ __forceinline__ Candidates(const Arguments& a, int length) {
+        visible = a.p.sliding_window > 0 ? max(0, length - a.p.sliding_window) : 0;
+        first = max(a.p.sink, visible);
+        last = length - min(a.p.window, length);
+    }
+    __device__ __forceinline__ int count() const { return max(0, last - first); }
+    // First position whose key the scoring kernel writes: whole units, so that 16-byte pieces stay inside pages.
+    __device__ __forceinline__ int begin() const { return visible / kScoreUnit * kScoreUnit; }
+};
+
+// M = max(budget_tokens, ceil(length * budget_permille / 1000)).
+__device__ __forceinline__ int attended_budget(const Arguments& a, int length) {
+    const int64_t share = (static_cast<int64_t>(length) * a.p.budget_permille + 999) / 1000;
+    return max(a.p.budget_tokens, static_cast<int>(share));
+}
+
+// Sum over the threads before this one, and the block's total; `scratch` holds 33 words.  All threads must call it.
+__device__ __forceinline__ uint32_t exclusive_scan(uint32_t value, uint32_t* scratch, uint32_t& total) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+    uint32_t sum = value;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const uint32_t below = __shfl_up_sync(~0u, sum, step);
+        if (lane >= step) sum += below;
+    }
+    __syncthreads();  // scratch may still be read from a scan before
+    if (lane == 31) scratch[warp] = sum;
+    __syncthreads();
+    if (warp == 0) {
+        uint32_t part = lane < warps ? scratch[lane] : 0;
+        const uint32_t own = part;
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const uint32_t below = __shfl_up_sync(~0u, part, step);
+            if (lane >= step) part += below;
+        }
+        scratch[lane] = part - own;
+        if (lane == 31) scratch[32] = part;
+    }
+    __syncthreads();
+    total = scratch[32];
+    return scratch[warp] + sum - value;
+}
+
+}  // namespace socket_trt
+
+#endif  // SOCKET_TRT_DEVICE_CUH_
