@@ -85,7 +85,7 @@ class OperatorAttributes:
 
 
 class SocketConfig(BaseModel):
-    """The method's parameters, the same for every layer of a model (DESIGN of the defaults: docs/method.md)."""
+    """The method's parameters, the same for every layer of a model (docs/method.md explains them)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

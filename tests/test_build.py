@@ -122,6 +122,15 @@ def test_graph_only_writes_no_weights(tmp_path: Path) -> None:
         engine.check()
 
 
+def test_a_bfloat16_graph(tmp_path: Path) -> None:
+    manifest = EngineDirectory.open(build(tmp_path / "engine", dtype="bfloat16", graph_only=True)).manifest
+    dtypes = {t.name: t.dtype for t in [*manifest.graph.inputs, *manifest.graph.outputs]}
+    assert dtypes["past_key_values.0.key"] == "bfloat16"
+    assert dtypes["present.1.code"] == "int32"
+    assert dtypes["logits"] == "float"
+    assert {location.dtype for location in manifest.weights.tensors.values()} == {"BF16"}
+
+
 def test_builds_are_deterministic(tmp_path: Path) -> None:
     first, second = build(tmp_path / "a"), build(tmp_path / "b")
     for file in ("model.onnx", "checkpoint/model.safetensors", "tokenizer.json"):

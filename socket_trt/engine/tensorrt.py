@@ -18,19 +18,18 @@ def missing_parts() -> list[str]:
     if environment.package_version("tensorrt") is None:
         missing.append("TensorRT's Python package (pip install tensorrt, or the archive from developer.nvidia.com)")
     if environment.plugin_library() is None:
-        missing.append("the plugin library (built by CMake from plugins/; this release carries none for TensorRT yet)")
+        missing.append("the plugin library")
+    missing.append(
+        "a release of socket-trt that builds TensorRT engines (this one exports graphs and runs them on the CPU)"
+    )
     return missing
 
 
 def choose_backend(wanted: str) -> BackendName:
     """`--backend` as what will run the engine.  Raises MissingDependencyError for a TensorRT that is not there."""
-    if wanted == "onnxruntime":
-        return "onnxruntime"
     missing = missing_parts()
-    if not missing:
-        return "tensorrt"
-    if wanted == "auto":
-        return "onnxruntime"
-    raise MissingDependencyError(
-        f"--backend tensorrt lacks {'; '.join(missing)}; --backend onnxruntime builds and runs the same graph on the CPU"
-    )
+    if wanted == "tensorrt" and missing:
+        raise MissingDependencyError(
+            f"--backend tensorrt lacks {'; '.join(missing)}; --backend onnxruntime builds and runs the same graph on the CPU"
+        )
+    return "tensorrt" if wanted == "auto" and not missing else "onnxruntime"
