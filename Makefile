@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml | cksum | cut -d' ' -f1)
 DEMO := build/demo
 
-.PHONY: setup demo test lint typecheck format clean
+.PHONY: setup demo native test lint typecheck format clean
 
 setup: $(STAMP)
 
@@ -26,7 +26,18 @@ demo: setup
 	$(BIN)/socket-trt validate $(DEMO)
 	$(BIN)/socket-trt generate $(DEMO) --prompt-file docs/method.md --max-tokens 64
 
-test: setup lint typecheck
+# The CUDA library, for two architectures: enough to know that it compiles, loads and checks its arguments.
+NATIVE_ARCHITECTURES ?= 80;90
+native: setup
+	@if command -v nvcc > /dev/null; then \
+		$(BIN)/cmake -B build/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+			-DPython3_EXECUTABLE=$(abspath $(BIN)/python) "-DSOCKET_TRT_ARCHITECTURES=$(NATIVE_ARCHITECTURES)" && \
+		$(BIN)/cmake --build build/native; \
+	else \
+		echo "WARNING: nvcc is not on PATH: the native library is NOT built, its tests will be skipped" >&2; \
+	fi
+
+test: setup lint typecheck native
 	$(BIN)/python -m pytest -n auto --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 lint: setup
