@@ -48,7 +48,7 @@ constexpr int kFineBits = 5;          // the others
 constexpr int kCollectCapacity = 16384;
 constexpr int kPrefillRows = 128;     // BLOCK_M of plugins/triton/prefill_attention.py
 constexpr int kScoreUnit = 256;       // tokens whose keys a scoring warp may write at once: rows are padded to it
-constexpr int kSelectTokens = 16384;  // tokens a block of the select kernel looks at
+constexpr int kSelectTokens = 8192;  // tokens a block of the select kernel looks at
 
 struct Arguments {
     SocketTrtAttentionParams p;

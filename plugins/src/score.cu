@@ -11,8 +11,8 @@
 //   9 to 16 planes   the table is the product of two half-tables (low byte and high byte of the code) in float16; one
 //                    entry holds four, two or one heads.
 //
-// Warps work alone: each streams units of tokens through its own ring of two stages (32 tables of a unit) with
-// asynchronous copies of 16 bytes, whatever the page size.
+// Warps work alone: each copies stages (32 tables of a unit of tokens) into its own piece of shared memory, with
+// asynchronous copies of 16 bytes whatever the page size, and looks them up while the other warps wait for theirs.
 #include <type_traits>
 
 #include "device.cuh"
@@ -35,12 +35,12 @@ struct SharedPlan {
         s.regions = (a.p.tables + L::kColumns - 1) / L::kColumns;
         s.low_bytes = s.regions * kRegionBytes;
         s.high_bytes = CODE_BYTES == 1 ? 0 : s.regions * (1 << (a.p.planes_per_table - 8)) * kRowBytes;
-        s.stage_bytes = 2 * warps * L::kStageBytes;
+        s.stage_bytes = warps * L::kStageBytes;
         s.histogram_bytes = histograms * kHistogramBins * 2;
         s.scratch_bytes =
-            2 * kHalfEntries * s.regions * L::kColumns * 16;  // behind the first stages, before the rest is used
-        const int used = s.stage_bytes + s.histogram_bytes, building = s.stage_bytes / 2 + s.scratch_bytes;
-        s.total = s.low_bytes + s.high_bytes + (used > building ? used : building);
+            2 * kHalfEntries * s.regions * L::kColumns * 16;  // in the place of stages and histogram
+        const int used = s.stage_bytes + s.histogram_bytes;
+        s.total = s.low_bytes + s.high_bytes + (used > s.scratch_bytes ? used : s.scratch_bytes);
         return s;
     }
 };
@@ -51,9 +51,7 @@ __device__ __forceinline__ void copy_16_bytes(uint32_t to, const void* from) {
 __device__ __forceinline__ void commit_copies() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
-__device__ __forceinline__ void wait_for_all_but_newest_copy() {
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
-}
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
 __device__ __forceinline__ uint32_t load_word(uint32_t address) {
     uint32_t x;
@@ -116,14 +114,15 @@ __device__ void find_thresholds(const uint32_t* histogram, int rate, uint32_t bu
 template <int CODE_BYTES, int HEADS>
 class Sums;
 
-// Four heads in four bytes.  Bytes 0 and 2 add up masked; of x >> 8 everything adds up, and what bytes 2 brought into
-// it is taken out at the end: five instructions for two look-ups.
+// Four heads in four bytes of at most 127, so that two entries add up inside their bytes.  Bytes 0 and 2 of such a pair
+// add up masked; of pair >> 8 everything adds up, and what bytes 2 brought into it is taken out at the end.
 template <>
 class Sums<1, 4> {
   public:
-    __device__ __forceinline__ void add(int token, uint32_t x) {
-        even_[token] += x & 0x00ff00ffu;
-        odd_[token] += x >> 8;
+    __device__ __forceinline__ void add(int token, uint32_t x, uint32_t y) {
+        const uint32_t pair = x + y;
+        even_[token] += pair & 0x00ff00ffu;
+        odd_[token] += pair >> 8;
     }
     __device__ __forceinline__ float head(int token, int h) const {
         const uint32_t e = even_[token], o = odd_[token] - (e >> 16 << 8);
@@ -138,7 +137,7 @@ class Sums<1, 4> {
 template <int HEADS>
 class Sums<1, HEADS> {
   public:
-    __device__ __forceinline__ void add(int token, uint32_t x) { sum_[token] += x; }
+    __device__ __forceinline__ void add(int token, uint32_t x, uint32_t y) { sum_[token] += x + y; }
     __device__ __forceinline__ float head(int token, int h) const {
         if (HEADS == 1) return static_cast<float>(sum_[token]);
         return static_cast<float>(h ? sum_[token] >> 16 : sum_[token] & 0xffff);
@@ -192,22 +191,29 @@ class Sums<2, HEADS> {
 
 // Look up the tables of one stage for the lane's tokens.
 template <int CODE_BYTES, int HEADS>
-__device__ __forceinline__ void look_up(Sums<CODE_BYTES, HEADS>& sums, uint32_t stage, uint32_t low, uint32_t high,
-                                        int group, int planes) {
+__device__ __forceinline__ void look_up(Sums<CODE_BYTES, HEADS> (&sums)[Layout<CODE_BYTES, HEADS>::kWords], uint32_t stage,
+                                        uint32_t low, uint32_t high, int group, int planes) {
     using L = Layout<CODE_BYTES, HEADS>;
     const int lane = threadIdx.x & 31;
     const uint32_t region = group / L::kGroupsPerRegion;
     const uint32_t column = (group % L::kGroupsPerRegion * kGroup) * L::kEntryBytes | region << 16;
+    const uint32_t own = stage + lane * 4;
     if constexpr (CODE_BYTES == 1) {
-#pragma unroll 8
-        for (int s = 0; s < kGroup; s++) {
-            const uint32_t row = (lane + s) & (kGroup - 1);
-            const uint32_t base = column + row * L::kEntryBytes;
-            const uint32_t codes = load_word(stage + row * 128 + lane * 4);
+#pragma unroll 4
+        for (int s = 0; s < kGroup; s += 2) {
+            const uint32_t row = (lane + s) & (kGroup - 1), next_row = (lane + s + 1) & (kGroup - 1);
+            const uint32_t base = column + row * L::kEntryBytes, next_base = column + next_row * L::kEntryBytes;
 #pragma unroll
-            for (int b = 0; b < 4; b++) {
-                // Byte 0: column; byte 1: code; bytes 2 and 3: region.
-                sums.add(b, load_word(low + __byte_perm(codes, base, 0x7604 | b << 4)));
+            for (int w = 0; w < L::kWords; w++) {
+                const uint32_t codes = load_word(own + row * 128 + w * L::kWordBytes);
+                const uint32_t next_codes = load_word(own + next_row * 128 + w * L::kWordBytes);
+#pragma unroll
+                for (int b = 0; b < 4; b++) {
+                    // Byte 0: column; byte 1: code; bytes 2 and 3: region.
+                    const uint32_t x = load_word(low + __byte_perm(codes, base, 0x7604 | b << 4));
+                    const uint32_t y = load_word(low + __byte_perm(next_codes, next_base, 0x7604 | b << 4));
+                    sums[w].add(b, x, y);
+                }
             }
         }
     } else {
@@ -219,16 +225,15 @@ __device__ __forceinline__ void look_up(Sums<CODE_BYTES, HEADS>& sums, uint32_t 
 #pragma unroll
             for (int t = 0; t < 4; t++) {
                 const uint32_t row = (lane + s + t) & (kGroup - 1);
-                const uint32_t base = column + row * L::kEntryBytes;
-                const uint32_t codes = (load_word(stage + row * 128 + lane * 4) & masks) | marks;
-                const uint32_t base_high = base & 0xff;
+                const uint32_t base = column + row * L::kEntryBytes, base_high = base & 0xff;
+                const uint32_t codes = (load_word(own + row * 128) & masks) | marks;
 #pragma unroll
                 for (int b = 0; b < 2; b++) {
-                    sums.add(b, low + __byte_perm(codes, base, 0x7604 | b << 5),
-                             high + __byte_perm(codes, base_high, 0x7614 | b << 5));
+                    sums[0].add(b, low + __byte_perm(codes, base, 0x7604 | b << 5),
+                                high + __byte_perm(codes, base_high, 0x7614 | b << 5));
                 }
             }
-            sums.widen();
+            sums[0].widen();
         }
     }
 }
@@ -245,41 +250,56 @@ class Walk {
     __device__ Walk(const Arguments& a, const Item& item, int head, int begin)
         : a_(a), item_(item), head_(head), begin_(begin) {}
 
-    __device__ __forceinline__ int position(int unit) const { return begin_ + unit * L::kUnit; }
+    __device__ __forceinline__ int position(int unit, int word) const {
+        return begin_ + unit * L::kUnit + word * L::kWordTokens;
+    }
 
-    // The page from which this lane copies a piece of a unit (eight lanes copy a row of 128 bytes), as the table has
-    // it: `checked` looks at it when it is needed.
-    __device__ __forceinline__ int load_page(int unit) const {
-        const int at = position(unit) + (threadIdx.x & 7) * kPieceTokens;
-        const int64_t row = static_cast<int64_t>(item_.row) * a_.p.pages_per_sequence;
-        return at < a_.max_length ? __ldg(a_.p.page_table + row + (at >> a_.page_shift)) : 0;
-    }
-    __device__ __forceinline__ int checked(int page) const {
-        return static_cast<uint32_t>(page) < static_cast<uint32_t>(a_.p.pages) ? page : 0;
-    }
-    __device__ __forceinline__ void copy(int unit, int group, int page, uint32_t stage) const {
-        const int lane = threadIdx.x & 31, piece = lane & 7;
-        const int row_bytes = a_.p.page_size * CODE_BYTES;
-        const int place = (position(unit) + piece * kPieceTokens) & (a_.p.page_size - 1);
-        const int table = group * kGroup + (lane >> 3);
-        const char* from = static_cast<const char*>(a_.p.code_cache) +
-                           ((static_cast<int64_t>(page) * a_.p.kv_heads + head_) * a_.p.tables + table) * row_bytes +
-                           place * CODE_BYTES;
-        const uint32_t to = stage + (lane >> 3) * 128 + piece * 16;
+    // The pages from which this lane copies pieces of a unit (eight lanes copy a row of 128 bytes), as the table has
+    // them: `check` looks at them when they are needed.
+    __device__ __forceinline__ void load_pages(int unit, int (&page)[L::kWords]) const {
+        const int* row = a_.p.page_table + static_cast<int64_t>(item_.row) * a_.p.pages_per_sequence;
 #pragma unroll
-        for (int r = 0; r < kGroup; r += 4) {
-            if (table + r < a_.p.tables) copy_16_bytes(to + r * 128, from + r * row_bytes);
+        for (int w = 0; w < L::kWords; w++) {
+            const int at = position(unit, w) + (threadIdx.x & 7) * kPieceTokens;
+            page[w] = at < a_.max_length ? __ldg(row + (at >> a_.page_shift)) : 0;
         }
+    }
+    __device__ __forceinline__ void check(int (&page)[L::kWords]) const {
+#pragma unroll
+        for (int w = 0; w < L::kWords; w++) {
+            if (static_cast<uint32_t>(page[w]) >= static_cast<uint32_t>(a_.p.pages)) page[w] = 0;
+        }
+    }
+    // Start to copy a stage: the codes of `group` for a unit's tokens.
+    __device__ __forceinline__ void copy(int unit, int group, const int (&page)[L::kWords], uint32_t stage) const {
+        const int lane = threadIdx.x & 31, piece = lane & 7;
+        const int row_bytes = a_.p.page_size * CODE_BYTES, table = group * kGroup + (lane >> 3);
+#pragma unroll
+        for (int w = 0; w < L::kWords; w++) {
+            const int place = (position(unit, w) + piece * kPieceTokens) & (a_.p.page_size - 1);
+            const int64_t page_head = static_cast<int64_t>(page[w]) * a_.p.kv_heads + head_;
+            const char* from = static_cast<const char*>(a_.p.code_cache) +
+                               (page_head * a_.p.tables + table) * row_bytes + place * CODE_BYTES;
+            const uint32_t to = stage + w * L::kWordBytes + (lane >> 3) * 128 + piece * 16;
+#pragma unroll
+            for (int r = 0; r < kGroup; r += 4) {
+                if (table + r < a_.p.tables) copy_16_bytes(to + r * 128, from + r * row_bytes);
+            }
+        }
+        commit_copies();
     }
     // Norms of the tokens whose scores this lane sums up: as they lie in memory, to be waited for after the look-ups.
     // The lane that copies the piece they are in has their page.
-    __device__ __forceinline__ Norms load_norms(int unit, int page) const {
+    __device__ __forceinline__ void load_norms(int unit, const int (&page)[L::kWords], Norms (&norm)[L::kWords]) const {
         const int lane = threadIdx.x & 31;
-        const int at = position(unit) + lane * L::kTokensPerWord;
-        const int64_t own_page = __shfl_sync(~0u, page, lane >> 2);
-        const T* from = static_cast<const T*>(a_.p.norm_cache) + ((own_page * a_.p.kv_heads + head_) << a_.page_shift) +
-                        (at & (a_.p.page_size - 1));
-        return __ldg(reinterpret_cast<const Norms*>(from));
+#pragma unroll
+        for (int w = 0; w < L::kWords; w++) {
+            const int at = position(unit, w) + lane * L::kTokensPerWord;
+            const int64_t own_page = __shfl_sync(~0u, page[w], lane >> 2);
+            const T* from = static_cast<const T*>(a_.p.norm_cache) +
+                            ((own_page * a_.p.kv_heads + head_) << a_.page_shift) + (at & (a_.p.page_size - 1));
+            norm[w] = __ldg(reinterpret_cast<const Norms*>(from));
+        }
     }
 
   private:
@@ -292,6 +312,7 @@ template <typename T, int CODE_BYTES, int HEADS>
 __global__ __launch_bounds__(kMaxWarps * 32) void score_kernel(const __grid_constant__ Arguments a,
                                                                const __grid_constant__ ScorePlan plan) {
     using L = Layout<CODE_BYTES, HEADS>;
+    using W = Walk<T, CODE_BYTES, HEADS>;
     extern __shared__ __align__(128) char shared[];
     __shared__ float weight[4];
     __shared__ bool is_last;
@@ -316,9 +337,8 @@ __global__ __launch_bounds__(kMaxWarps * 32) void score_kernel(const __grid_cons
     if (first_unit >= last_unit) return;
 
     const int64_t first_selection = static_cast<int64_t>(blockIdx.z) * a.select_heads;
-    const Walk<T, CODE_BYTES, HEADS> walk(a, item, kv_head, begin);
-    const uint32_t ring = static_cast<uint32_t>(__cvta_generic_to_shared(stages)) + warp * L::kStageBytes;
-    const uint32_t other_stage = warps * L::kStageBytes;  // all first stages, then all second ones
+    const W walk(a, item, kv_head, begin);
+    const uint32_t stage = static_cast<uint32_t>(__cvta_generic_to_shared(stages)) + warp * L::kStageBytes;
     const uint32_t low_address = static_cast<uint32_t>(__cvta_generic_to_shared(low));
     const uint32_t high_address = static_cast<uint32_t>(__cvta_generic_to_shared(high));
     const int groups = (a.p.tables + kGroup - 1) / kGroup;
@@ -334,51 +354,22 @@ __global__ __launch_bounds__(kMaxWarps * 32) void score_kernel(const __grid_cons
         }
         const float* logit = a.logit + (static_cast<int64_t>(blockIdx.z) * a.p.query_heads + kv_head * a.group) *
                                            a.p.tables * a.p.planes_per_table;
-        // The first copies run while the table is built: its scratch memory lies behind the first stages.
-        int unit = first_unit + warp, page = 0, next_page = 0;
-        uint32_t stage = ring;
-        if (unit < last_unit) {
-            page = walk.checked(walk.load_page(unit));
-            walk.copy(unit, 0, page, stage);
-        }
-        commit_copies();
-        build_tables<CODE_BYTES, HEADS>(a, logit, heads, room.regions, low, high,
-                                        reinterpret_cast<float4*>(stages + other_stage), weight);
+        build_tables<CODE_BYTES, HEADS>(a, logit, heads, room.regions, low, high, reinterpret_cast<float4*>(stages), weight);
         if (last_pass) {
             for (int i = threadIdx.x; i < room.histogram_bytes / 4; i += blockDim.x) histogram[i] = 0;
             __syncthreads();
         }
-        for (; unit < last_unit; unit += warps) {
-            Sums<CODE_BYTES, HEADS> sums;
-            typename Walk<T, CODE_BYTES, HEADS>::Norms norm;
-            const bool more = unit + warps < last_unit;
-            for (int group = 0; group < groups; group++) {
-                if (group == 0) {
-                    if (more) next_page = walk.load_page(unit + warps);
-                    norm = walk.load_norms(unit, page);
-                }
-                const uint32_t next_stage = stage == ring ? ring + other_stage : ring;
-                if (group + 1 < groups) {
-                    walk.copy(unit, group + 1, page, next_stage);
-                } else if (more) {
-                    page = walk.checked(next_page);
-                    walk.copy(unit + warps, 0, page, next_stage);
-                }
-                commit_copies();
-                wait_for_all_but_newest_copy();
-                __syncwarp();
-                look_up(sums, stage, low_address, high_address, group, a.p.planes_per_table);
-                __syncwarp();
-                stage = next_stage;
-            }
-            // From sums to keys: store them, count them.
-            const bool shared_score = by_kv_head && CODE_BYTES == 2;
-            const int outputs = by_kv_head ? 1 : heads.count;
+        const bool shared_score = by_kv_head && CODE_BYTES == 2;
+        const int outputs = by_kv_head ? 1 : heads.count;
+
+        // From a word's sums to keys: store them, count a sample of them.
+        const auto finish = [&](int first, const Sums<CODE_BYTES, HEADS>& sums, const typename W::Norms& norm) {
+            const int at = first + lane * L::kTokensPerWord;
+            const bool inside = at >= candidates.first && at + L::kTokensPerWord <= candidates.last;
 #pragma unroll
             for (int h = 0; h < HEADS; h++) {
                 if (h >= outputs) break;
                 const int selecting = by_kv_head ? kv_head : kv_head * a.group + heads.first + h;
-                const int at = walk.position(unit) + lane * L::kTokensPerWord;
                 uint32_t key[L::kTokensPerWord];
 #pragma unroll
                 for (int t = 0; t < L::kTokensPerWord; t++) {
@@ -399,7 +390,7 @@ __global__ __launch_bounds__(kMaxWarps * 32) void score_kernel(const __grid_cons
                     key[t] = score_key(score * to_float(reinterpret_cast<const T*>(&norm)[t]));
                 }
                 if (!last_pass) continue;
-                if (at < candidates.first || at + L::kTokensPerWord > candidates.last) {
+                if (!inside) {
 #pragma unroll
                     for (int t = 0; t < L::kTokensPerWord; t++) {
                         const int p = at + t;
@@ -420,11 +411,40 @@ __global__ __launch_bounds__(kMaxWarps * 32) void score_kernel(const __grid_cons
                     *reinterpret_cast<uint32_t*>(to) = key[0] | key[1] << 16;
                 }
             }
+        };
+
+        // Warps hide each other's latency: a warp waits for its copy, but has the next unit copied while it finishes one.
+        int unit = first_unit + warp, page[L::kWords], next_page[L::kWords];
+        if (unit < last_unit) {
+            walk.load_pages(unit, page);
+            walk.check(page);
+            walk.copy(unit, 0, page, stage);
         }
-        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        for (; unit < last_unit; unit += warps) {
+            Sums<CODE_BYTES, HEADS> sums[L::kWords];
+            typename W::Norms norm[L::kWords];
+            const bool more = unit + warps < last_unit;
+            if (more) walk.load_pages(unit + warps, next_page);
+            walk.load_norms(unit, page, norm);
+            for (int group = 0; group < groups; group++) {
+                wait_for_copies();
+                __syncwarp();
+                look_up(sums, stage, low_address, high_address, group, a.p.planes_per_table);
+                __syncwarp();
+                if (group + 1 < groups) walk.copy(unit, group + 1, page, stage);
+            }
+            if (more) {
+                walk.check(next_page);
+                walk.copy(unit + warps, 0, next_page, stage);
+            }
+#pragma unroll
+            for (int w = 0; w < L::kWords; w++) {
+                finish(walk.position(unit, w), sums[w], norm[w]);
+                page[w] = next_page[w];
+            }
+        }
         __syncthreads();
         if (last_pass) {
-            const int outputs = by_kv_head ? 1 : heads.count;
             const int selecting = by_kv_head ? kv_head : kv_head * a.group + heads.first;
             for (int i = threadIdx.x; i < outputs * kHistogramBins / 2; i += blockDim.x) {
                 const uint32_t both = histogram[i];

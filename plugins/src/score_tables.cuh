@@ -14,8 +14,11 @@ constexpr int kHalfEntries = 16;     // of a half-table of up to 4 planes
 template <int CODE_BYTES, int HEADS>
 struct Layout {
     static constexpr int kTokensPerWord = 4 / CODE_BYTES;
-    static constexpr int kUnit = 32 * kTokensPerWord;  // tokens a warp scores at once: a word of each table row a lane
-    static constexpr int kStageBytes = kGroup * 128;
+    static constexpr int kWords = CODE_BYTES == 1 ? 2 : 1;  // words of each table row that a lane looks after
+    static constexpr int kWordTokens = 32 * kTokensPerWord;
+    static constexpr int kUnit = kWords * kWordTokens;  // tokens that a warp scores at once
+    static constexpr int kWordBytes = kGroup * 128;
+    static constexpr int kStageBytes = kWords * kWordBytes;
     static constexpr int kEntryBytes = CODE_BYTES == 1 ? 4 : 2 * HEADS;
     static constexpr int kColumns = kRowBytes / kEntryBytes;
     static constexpr int kGroupsPerRegion = kColumns / kGroup;
@@ -130,7 +133,7 @@ __device__ void build_tables(const Arguments& a, const float* logit, Heads heads
         }
         // The sum of a KV head's query heads takes one scale for all, and as many rounds of four heads as there are.
         constexpr bool kSummed = HEADS == 1;
-        const float entry_max = HEADS == 4   ? 255.f
+        const float entry_max = HEADS == 4   ? 127.f
                                 : HEADS == 2 ? static_cast<float>(65535 / a.p.tables)
                                              : 8388607.f / heads.count;
         for (int first = 0; first < heads.count; first += 4) {
