@@ -1,15 +1,20 @@
 """The operator as a PyTorch custom operator, `torch.ops.socket_trt.attention`.
 
-Its implementation is the reference; export sees it as one node.  Arguments are the operator's inputs in order and its
-attributes in `OperatorAttributes`' order; outputs are new tensors, the inputs are left as they are.
+On the CPU, and for float32, it is the reference; on CUDA tensors of 16 bits it is the native library.  Export sees one
+node.  Arguments are the operator's inputs in order and its attributes in `OperatorAttributes`' order; outputs are new
+tensors, the inputs are left as they are.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from socket_trt.config import OperatorAttributes
+from socket_trt.names import OPERATOR_INPUTS
+from socket_trt.native import native_attention
 from socket_trt.reference import socket_attention
 
 
@@ -68,6 +73,15 @@ def attention(
     )
     # A custom operator returns a plain tuple.
     return outputs.output, outputs.key_cache, outputs.value_cache, outputs.code_cache, outputs.norm_cache
+
+
+@attention.register_kernel("cuda")
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs: Any = dict(zip(OPERATOR_INPUTS, arguments, strict=False))
+    attributes = OperatorAttributes(*arguments[len(OPERATOR_INPUTS) :])
+    if inputs["query"].dtype == torch.float32:
+        return tuple(socket_attention(**inputs, attributes=attributes))
+    return native_attention(**inputs, attributes=attributes)
 
 
 @attention.register_fake
