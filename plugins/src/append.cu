@@ -264,7 +264,6 @@ __device__ void list_tiles(const Arguments& a, Shared& shared) {
 template <typename T>
 __global__ __launch_bounds__(kThreads) void append_kernel(const __grid_constant__ Arguments a) {
     __shared__ Shared shared;
-    wait_for_predecessor();
     const AppendGrid grid(a);
     int block = blockIdx.x;
     if (block < grid.key_blocks) {
@@ -280,8 +279,7 @@ __global__ __launch_bounds__(kThreads) void append_kernel(const __grid_constant_
 
 cudaError_t launch_append(const Arguments& a, cudaStream_t stream) {
     const AppendGrid grid(a);
-    const Launch launch(dim3(grid.key_blocks + grid.item_blocks + grid.tile_blocks), dim3(kThreads), 0, stream,
-                        /*dependent=*/false);
+    const Launch launch(dim3(grid.key_blocks + grid.item_blocks + grid.tile_blocks), dim3(kThreads), 0, stream);
     return a.p.dtype == SOCKET_TRT_FLOAT16 ? launch(append_kernel<__half>, a) : launch(append_kernel<__nv_bfloat16>, a);
 }
 

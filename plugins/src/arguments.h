@@ -31,24 +31,21 @@ struct PrefillTile {
     int32_t position;  // of the first token in its sequence
 };
 
-// The selection of one item and head: zeroed by the append kernel, thresholds from the scoring kernel.
+// The selection of one item and head; zeroed by the append kernel.
 struct SelectionState {
     uint32_t total;      // slots in the finished list
     uint32_t listed;     // slots written to it so far
     uint32_t collected;  // tokens near the threshold, not yet decided
-    uint32_t finished;   // blocks of the select kernel that are done
-    uint32_t scored;     // blocks of the scoring kernel that are done (at the first head that they score)
-    uint32_t sure_bin;   // keys in histogram bins above this one are chosen for sure
-    uint32_t least_bin;  // keys in bins below this one are not
-    uint32_t unused;
+    uint32_t finished;   // blocks that are done
 };
 
 constexpr int kHistogramBins = 2048;  // the upper 11 bits of a 16-bit score key
 constexpr int kFineBits = 5;          // the others
 constexpr int kCollectCapacity = 16384;
-constexpr int kPrefillRows = 128;     // BLOCK_M of plugins/triton/prefill_attention.py
-constexpr int kScoreUnit = 256;       // tokens whose keys a scoring warp may write at once: rows are padded to it
-constexpr int kSelectTokens = 8192;  // tokens a block of the select kernel looks at
+constexpr int kPrefillRows = 128;    // BLOCK_M of plugins/triton/prefill_attention.py
+constexpr int kScoreUnit = 256;      // tokens whose keys a scoring warp may write at once: rows are padded to it
+constexpr int kSelectTokens = 8192;  // tokens that a block of the select kernel looks at at once
+constexpr int kSelectBlocksPerMultiprocessor = 4;
 
 struct Arguments {
     SocketTrtAttentionParams p;
@@ -67,7 +64,7 @@ struct Arguments {
     int32_t prefill_tiles;
     int32_t sparse_splits;  // parts that one item's attention is split into
     int32_t dense_splits;
-    int32_t dependent_launch;  // whether the device has programmatic dependent launches
+    int32_t select_rounds;  // times kSelectTokens that a block of the select kernel looks at, one after the other
 
     // Workspace.
     Item* item;                 // [items]

@@ -8,7 +8,6 @@ namespace {
 
 template <typename T>
 __global__ void combine_kernel(const __grid_constant__ Arguments a) {
-    wait_for_predecessor();
     const Item item = a.item[blockIdx.y];
     if (item.mode == kItemNone) return;
     const int splits = item.mode == kItemSparse ? a.sparse_splits : a.dense_splits;
@@ -36,7 +35,7 @@ __global__ void combine_kernel(const __grid_constant__ Arguments a) {
 }  // namespace
 
 cudaError_t launch_combine(const Arguments& a, cudaStream_t stream) {
-    const Launch launch(dim3(a.p.query_heads, a.items), dim3(a.p.head_size), 0, stream, a.dependent_launch);
+    const Launch launch(dim3(a.p.query_heads, a.items), dim3(a.p.head_size), 0, stream);
     return a.p.dtype == SOCKET_TRT_FLOAT16 ? launch(combine_kernel<__half>, a)
                                            : launch(combine_kernel<__nv_bfloat16>, a);
 }

@@ -1,4 +1,4 @@
-// Device helpers that the kernels share: rows and pages read defensively, conversions, scans, dependent launches.
+// Device helpers that the kernels share: rows and pages read defensively, conversions, scans.
 #ifndef SOCKET_TRT_DEVICE_CUH_
 #define SOCKET_TRT_DEVICE_CUH_
 
@@ -8,16 +8,6 @@
 #include "arguments.h"
 
 namespace socket_trt {
-
-// Programmatic dependent launch: the next kernel's blocks may be scheduled while this one still runs; they wait here
-// until everything before them is complete and visible.  Every kernel calls both, first thing, so that waiting for the
-// predecessor is waiting for all predecessors.
-__device__ __forceinline__ void wait_for_predecessor() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 __device__ __forceinline__ float to_float(__half x) {
     return __half2float(x);

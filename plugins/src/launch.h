@@ -34,7 +34,7 @@ cudaError_t load_kernels(const Device& device);
 
 // Launch a kernel; nullptr-terminated scratch pointers are added to `arguments`.
 cudaError_t launch_embedded(const char* name, int dtype, int head_size, const Device& device, dim3 grid,
-                            cudaStream_t stream, bool dependent, std::initializer_list<const void*> arguments);
+                            cudaStream_t stream, std::initializer_list<const void*> arguments);
 
 }  // namespace socket_trt
 

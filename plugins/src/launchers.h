@@ -31,21 +31,15 @@ cudaError_t launch_score(const Arguments& a, const ScorePlan& plan, cudaStream_t
 cudaError_t launch_select(const Arguments& a, cudaStream_t stream);
 cudaError_t launch_combine(const Arguments& a, cudaStream_t stream);
 
-// A kernel launch, as a programmatic dependent of the kernel before it or after the stream's work as usual.
+// Where and how large a kernel runs.
 class Launch {
   public:
-    Launch(dim3 grid, dim3 block, size_t shared_memory, cudaStream_t stream, bool dependent) {
-        attribute_.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attribute_.val.programmaticStreamSerializationAllowed = 1;
+    Launch(dim3 grid, dim3 block, size_t shared_memory, cudaStream_t stream) {
         config_.gridDim = grid;
         config_.blockDim = block;
         config_.dynamicSmemBytes = shared_memory;
         config_.stream = stream;
-        config_.attrs = &attribute_;
-        config_.numAttrs = dependent ? 1 : 0;
     }
-    Launch(const Launch&) = delete;
-    Launch& operator=(const Launch&) = delete;
 
     template <typename... Parameters, typename... Values>
     cudaError_t operator()(void (*kernel)(Parameters...), const Values&... values) const {
@@ -56,7 +50,6 @@ class Launch {
     }
 
   private:
-    cudaLaunchAttribute attribute_{};
     cudaLaunchConfig_t config_{};
 };
 

@@ -1,5 +1,4 @@
-// Scores of all cached tokens for all sparse decode items, as 16-bit keys, and from a sampled histogram of the keys the
-// two thresholds between which the select kernel looks for the last one chosen.
+// Scores of all cached tokens for all sparse decode items, as 16-bit keys, and a histogram of a sample of the keys.
 //
 // A score is a sum of L look-ups, and look-ups in shared memory are what bounds it: 32 lanes that look at random places
 // of one table meet in a bank three to four deep.  Here lane i of a warp looks at table (i + s) mod 32 in step s, and
@@ -37,8 +36,7 @@ struct SharedPlan {
         s.high_bytes = CODE_BYTES == 1 ? 0 : s.regions * (1 << (a.p.planes_per_table - 8)) * kRowBytes;
         s.stage_bytes = warps * L::kStageBytes;
         s.histogram_bytes = histograms * kHistogramBins * 2;
-        s.scratch_bytes =
-            2 * kHalfEntries * s.regions * L::kColumns * 16;  // in the place of stages and histogram
+        s.scratch_bytes = 2 * kHalfEntries * s.regions * L::kColumns * 16;  // in the place of stages and histogram
         const int used = s.stage_bytes + s.histogram_bytes;
         s.total = s.low_bytes + s.high_bytes + (used > s.scratch_bytes ? used : s.scratch_bytes);
         return s;
@@ -51,7 +49,9 @@ __device__ __forceinline__ void copy_16_bytes(uint32_t to, const void* from) {
 __device__ __forceinline__ void commit_copies() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+}
 
 __device__ __forceinline__ uint32_t load_word(uint32_t address) {
     uint32_t x;
@@ -63,51 +63,6 @@ __device__ __forceinline__ uint32_t load_word(uint32_t address) {
 __device__ __forceinline__ uint32_t score_key(float score) {
     constexpr int kLowestExponent = 127 - 40;
     return clamp((__float_as_int(score) >> 13) - (kLowestExponent << 10), 1, 65534);
-}
-
-// From the histogram of every `rate`-th key: bins above sure_bin hold fewer keys than the budget, bins from least_bin
-// on hold more, each but for a chance of five standard deviations (the select kernel counts exactly, and knows a slower
-// way where chance strikes).  A warp.
-__device__ void find_thresholds(const uint32_t* histogram, int rate, uint32_t budget, uint32_t candidates,
-                                SelectionState& state) {
-    constexpr int kBins = kHistogramBins / 32;
-    const int lane = threadIdx.x & 31;
-    if (budget == 0 || candidates <= budget) {  // nothing is chosen, or everything
-        if (lane == 0) state.sure_bin = state.least_bin = budget == 0 ? kHistogramBins : 0;
-        return;
-    }
-    const float margin = 8.f + 5.f * sqrtf(static_cast<float>(budget) * (rate - 1));
-    const float fewest = (budget - margin) / rate, most = (budget + margin) / rate;
-    const int top = kHistogramBins - 1 - lane * kBins;
-    uint4 bins[kBins / 4];
-    uint32_t sum = 0;
-#pragma unroll
-    for (int i = 0; i < kBins / 4; i++) {
-        bins[i] = __ldcg(reinterpret_cast<const uint4*>(histogram + top + 1 - kBins) + i);
-        sum += bins[i].x + bins[i].y + bins[i].z + bins[i].w;
-    }
-    uint32_t before = sum;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const uint32_t below = __shfl_up_sync(~0u, before, step);
-        if (lane >= step) before += below;
-    }
-    before -= sum;
-    uint32_t sure = 0, least = 0;  // one more than the first bin from above that reaches the count; 0: none here
-#pragma unroll
-    for (int i = kBins - 1; i >= 0; i--) {
-        const uint4 four = bins[i / 4];
-        before += i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
-        const uint32_t bin = top + 1 - kBins + i + 1;
-        if (sure == 0 && before > fewest) sure = bin;
-        if (least == 0 && before >= most) least = bin;
-    }
-    sure = __reduce_max_sync(~0u, sure);
-    least = __reduce_max_sync(~0u, least);
-    if (lane == 0) {
-        state.sure_bin = sure == 0 ? 0 : sure - 1;
-        state.least_bin = least == 0 ? 0 : least - 1;
-    }
 }
 
 // Sums of one lane's tokens over the tables of a stage.
@@ -191,8 +146,8 @@ class Sums<2, HEADS> {
 
 // Look up the tables of one stage for the lane's tokens.
 template <int CODE_BYTES, int HEADS>
-__device__ __forceinline__ void look_up(Sums<CODE_BYTES, HEADS> (&sums)[Layout<CODE_BYTES, HEADS>::kWords], uint32_t stage,
-                                        uint32_t low, uint32_t high, int group, int planes) {
+__device__ __forceinline__ void look_up(Sums<CODE_BYTES, HEADS> (&sums)[Layout<CODE_BYTES, HEADS>::kWords],
+                                        uint32_t stage, uint32_t low, uint32_t high, int group, int planes) {
     using L = Layout<CODE_BYTES, HEADS>;
     const int lane = threadIdx.x & 31;
     const uint32_t region = group / L::kGroupsPerRegion;
@@ -315,7 +270,6 @@ __global__ __launch_bounds__(kMaxWarps * 32) void score_kernel(const __grid_cons
     using W = Walk<T, CODE_BYTES, HEADS>;
     extern __shared__ __align__(128) char shared[];
     __shared__ float weight[4];
-    __shared__ bool is_last;
     const int warp = threadIdx.x >> 5, warps = blockDim.x >> 5, lane = threadIdx.x & 31;
     const int kv_head = blockIdx.y / plan.head_blocks;
     const bool by_kv_head = a.select_heads == a.p.kv_heads;
@@ -326,7 +280,6 @@ __global__ __launch_bounds__(kMaxWarps * 32) void score_kernel(const __grid_cons
     char* stages = high + room.high_bytes;
     uint32_t* histogram = reinterpret_cast<uint32_t*>(stages + room.stage_bytes);  // two 16-bit counts a word
 
-    wait_for_predecessor();
     const Item item = a.item[blockIdx.z];
     if (item.mode != kItemSparse) return;
     const Candidates candidates(a, item.length);
@@ -354,7 +307,17 @@ __global__ __launch_bounds__(kMaxWarps * 32) void score_kernel(const __grid_cons
         }
         const float* logit = a.logit + (static_cast<int64_t>(blockIdx.z) * a.p.query_heads + kv_head * a.group) *
                                            a.p.tables * a.p.planes_per_table;
-        build_tables<CODE_BYTES, HEADS>(a, logit, heads, room.regions, low, high, reinterpret_cast<float4*>(stages), weight);
+        // The first copies run while the table is built, but for the last warps', in whose stages it is prepared.
+        int unit = first_unit + warp, page[L::kWords], next_page[L::kWords];
+        const int building = max(0, room.stage_bytes + room.histogram_bytes - room.scratch_bytes);
+        const bool early = (warp + 1) * L::kStageBytes <= building;
+        if (unit < last_unit) {
+            walk.load_pages(unit, page);
+            walk.check(page);
+            if (early) walk.copy(unit, 0, page, stage);
+        }
+        build_tables<CODE_BYTES, HEADS>(a, logit, heads, room.regions, low, high,
+                                        reinterpret_cast<float4*>(stages + building), weight);
         if (last_pass) {
             for (int i = threadIdx.x; i < room.histogram_bytes / 4; i += blockDim.x) histogram[i] = 0;
             __syncthreads();
@@ -363,7 +326,8 @@ __global__ __launch_bounds__(kMaxWarps * 32) void score_kernel(const __grid_cons
         const int outputs = by_kv_head ? 1 : heads.count;
 
         // From a word's sums to keys: store them, count a sample of them.
-        const auto finish = [&](int first, const Sums<CODE_BYTES, HEADS>& sums, const typename W::Norms& norm) {
+        const auto finish = [&](int first, const Sums<CODE_BYTES, HEADS>& sums,
+                                const typename W::Norms& norm) __attribute__((always_inline)) {
             const int at = first + lane * L::kTokensPerWord;
             const bool inside = at >= candidates.first && at + L::kTokensPerWord <= candidates.last;
 #pragma unroll
@@ -413,13 +377,9 @@ __global__ __launch_bounds__(kMaxWarps * 32) void score_kernel(const __grid_cons
             }
         };
 
-        // Warps hide each other's latency: a warp waits for its copy, but has the next unit copied while it finishes one.
-        int unit = first_unit + warp, page[L::kWords], next_page[L::kWords];
-        if (unit < last_unit) {
-            walk.load_pages(unit, page);
-            walk.check(page);
-            walk.copy(unit, 0, page, stage);
-        }
+        // Warps hide each other's latency: a warp waits for its copy, but has the next unit copied while it finishes
+        // one.
+        if (!early && unit < last_unit) walk.copy(unit, 0, page, stage);
         for (; unit < last_unit; unit += warps) {
             Sums<CODE_BYTES, HEADS> sums[L::kWords];
             typename W::Norms norm[L::kWords];
@@ -452,20 +412,6 @@ __global__ __launch_bounds__(kMaxWarps * 32) void score_kernel(const __grid_cons
                 if (both & 0xffff) atomicAdd(to, both & 0xffff);
                 if (both >> 16) atomicAdd(to + 1, both >> 16);
             }
-            // The block that finishes last finds the thresholds, a warp a head.
-            SelectionState* state = a.selection + first_selection + selecting;
-            __threadfence();
-            __syncthreads();
-            const uint32_t blocks = (units + share - 1) / share;
-            if (threadIdx.x == 0) is_last = atomicAdd(&state->scored, 1u) == blocks - 1;
-            __syncthreads();
-            if (!is_last) return;
-            __threadfence();
-            const uint32_t budget = attended_budget(a, item.length);
-            for (int h = warp; h < outputs; h += warps) {
-                find_thresholds(a.histogram + (first_selection + selecting + h) * kHistogramBins, L::kTokensPerWord,
-                                budget, candidates.count(), state[h]);
-            }
         }
     }
 }
@@ -492,7 +438,7 @@ cudaError_t launch_typed(const Arguments& a, const ScorePlan& plan, cudaStream_t
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_memory);
     if (status != cudaSuccess) return status;
     const Launch launch(dim3(plan.chunks, a.p.kv_heads * plan.head_blocks, a.items), dim3(plan.warps * 32),
-                        plan.shared_memory, stream, a.dependent_launch);
+                        plan.shared_memory, stream);
     return launch(kernel, a, plan);
 }
 

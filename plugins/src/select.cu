@@ -1,6 +1,6 @@
 // From score keys to the list of cache slots that each selecting head of a sparse item attends to.
 //
-// The scoring kernel left two thresholds around the M-th best key.  Every block reads its share of the keys once: keys
+// A histogram of a sample of the keys gives two thresholds around the M-th best.  Every block reads its share: keys
 // above the upper threshold are listed, keys between the two are collected with their positions.  The block that
 // finishes last for a head picks the best of the collected ones: higher key, then lower position.  Counts are exact:
 // should the thresholds, which come from a sample, not enclose the M-th key, the last block goes through all keys.
@@ -24,6 +24,7 @@ struct Shared {
     uint32_t counter[kCounters];
     uint32_t tie[kMaxTies];
     uint32_t ties, found, above;
+    uint32_t sure_bin, least_bin;
 };
 
 struct Head {
@@ -32,6 +33,32 @@ struct Head {
     uint64_t* collected;
     int32_t* slots;
 };
+
+// From the histogram of every `rate`-th key: keys in bins above shared.sure_bin are fewer than the budget, keys in bins
+// from shared.least_bin on are more, each but for a chance of five standard deviations.
+__device__ void find_thresholds(const uint32_t* histogram, int rate, uint32_t budget, Shared& shared) {
+    const float margin = 8.f + 5.f * sqrtf(static_cast<float>(budget) * (rate - 1));
+    const float fewest = (budget - margin) / rate, most = (budget + margin) / rate;
+    constexpr int kOwn = kHistogramBins / kThreads;
+    static_assert(kOwn == 8, "two vectors of four bins");
+    const int top = kHistogramBins - 1 - static_cast<int>(threadIdx.x) * kOwn;
+    const uint4* from = reinterpret_cast<const uint4*>(histogram + top + 1 - kOwn);
+    const uint4 lower = __ldcg(from), upper = __ldcg(from + 1);
+    const uint32_t count[kOwn] = {upper.w, upper.z, upper.y, upper.x, lower.w, lower.z, lower.y, lower.x};
+    uint32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < kOwn; i++) sum += count[i];
+    if (threadIdx.x == 0) shared.sure_bin = shared.least_bin = 0;  // the scan's barriers lie between
+    uint32_t total, before = exclusive_scan(sum, shared.scan, total);
+#pragma unroll
+    for (int i = 0; i < kOwn; i++) {
+        const uint32_t until = before + count[i];
+        if (until > fewest && (before <= fewest || top - i == kHistogramBins - 1)) shared.sure_bin = top - i;
+        if (until >= most && before < most) shared.least_bin = top - i;
+        before = until;
+    }
+    __syncthreads();
+}
 
 // Append to the list at `place`, if the list has room for it.
 __device__ __forceinline__ void list(const Arguments& a, const Head& head, uint32_t place, int page, int position) {
@@ -128,70 +155,92 @@ __device__ uint32_t list_by_scanning(const Arguments& a, const Item& item, const
     return listed;
 }
 
-__global__ __launch_bounds__(kThreads, 4) void select_kernel(const __grid_constant__ Arguments a) {
+// The thread's keys of one round: eight at a time.
+struct Keys {
+    static constexpr int kVectors = kKeysPerThread / 8;
+    uint4 raw[kVectors];
+
+    static __device__ __forceinline__ int offset(int bit) {
+        return ((bit >> 3) * kThreads + static_cast<int>(threadIdx.x)) * 8 + (bit & 7);
+    }
+    __device__ __forceinline__ void load(const Head& head, int first, int length) {
+#pragma unroll
+        for (int v = 0; v < kVectors; v++) {
+            const int p = first + offset(v * 8);
+            raw[v] = p < length ? __ldcg(reinterpret_cast<const uint4*>(head.keys + p)) : make_uint4(0, 0, 0, 0);
+        }
+    }
+    // A bit for each key of at least `least`.
+    __device__ __forceinline__ uint32_t at_least(uint32_t least) const {
+        static_assert(kKeysPerThread <= 32, "a bit a key");
+        uint32_t bits = 0;
+#pragma unroll
+        for (int v = 0; v < kVectors; v++) {
+            const uint32_t words[4] = {raw[v].x, raw[v].y, raw[v].z, raw[v].w};
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const uint32_t key = i & 1 ? words[i / 2] >> 16 : words[i / 2] & 0xffff;
+                bits |= static_cast<uint32_t>(key >= least) << (v * 8 + i);
+            }
+        }
+        return bits;
+    }
+};
+
+__global__ __launch_bounds__(kThreads,
+                             kSelectBlocksPerMultiprocessor) void select_kernel(const __grid_constant__ Arguments a) {
     __shared__ Shared shared;
-    wait_for_predecessor();
     const Item item = a.item[blockIdx.z];
     if (item.mode != kItemSparse) return;
     const Candidates candidates(a, item.length);
-    const int begin = candidates.begin();
-    const int blocks = (item.length - begin + kSelectTokens - 1) / kSelectTokens;
+    const int begin = candidates.begin(), block_tokens = a.select_rounds * kSelectTokens;
+    const int blocks = (item.length - begin + block_tokens - 1) / block_tokens;
     if (static_cast<int>(blockIdx.x) >= blocks) return;
-    const int first = begin + blockIdx.x * kSelectTokens;
+    int first = begin + blockIdx.x * block_tokens;
+    const int last = min(item.length, first + block_tokens);
     const int64_t index = static_cast<int64_t>(blockIdx.z) * a.select_heads + blockIdx.y;
     const Head head{a.score_key + index * a.key_stride, a.selection + index, a.collected + index * kCollectCapacity,
                     a.slot + index * a.list_stride};
+    Keys keys;
+    keys.load(head, first, last);
 
-    constexpr int kVectors = kKeysPerThread / 8;
-    uint4 raw[kVectors];
-#pragma unroll
-    for (int v = 0; v < kVectors; v++) {
-        const int p = first + (v * kThreads + threadIdx.x) * 8;
-        raw[v] = p < item.length ? __ldcg(reinterpret_cast<const uint4*>(head.keys + p)) : make_uint4(0, 0, 0, 0);
-    }
-    for (int i = threadIdx.x; i < kSelectTokens >> a.page_shift; i += kThreads) {
-        shared.page[i] = read_page(a, item.row, first + (i << a.page_shift));
-    }
-    // Keys of at least `sure` are listed, those of at least `least` collected.  A key of 0 is no token.
+    // Keys of at least `sure` are listed, others of at least `least` collected.  A key of 0 is no token.
     const uint32_t budget = attended_budget(a, item.length), among = candidates.count();
     const bool all = among <= budget;
-    const uint32_t sure = all ? 1 : min((head.state->sure_bin + 1) << kFineBits, kFixedKey);
-    const uint32_t least = all ? 1 : max(1u, min(head.state->least_bin << kFineBits, kFixedKey));
-    uint64_t listing = 0, collecting = 0;  // a bit a key
-#pragma unroll
-    for (int v = 0; v < kVectors; v++) {
-        const uint32_t words[4] = {raw[v].x, raw[v].y, raw[v].z, raw[v].w};
-        uint32_t own_listing = 0, own_collecting = 0;
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const uint32_t key = i & 1 ? words[i / 2] >> 16 : words[i / 2] & 0xffff;
-            own_listing |= static_cast<uint32_t>(key >= sure) << i;
-            own_collecting |= static_cast<uint32_t>(key >= least) << i;
-        }
-        listing |= static_cast<uint64_t>(own_listing) << (v * 8);
-        collecting |= static_cast<uint64_t>(own_collecting) << (v * 8);
+    uint32_t sure = 1, least = 1;
+    if (!all && budget == 0) {
+        sure = least = kFixedKey;
+    } else if (!all) {
+        find_thresholds(a.histogram + index * kHistogramBins, 4 / a.code_bytes, budget, shared);
+        sure = min((shared.sure_bin + 1) << kFineBits, kFixedKey);
+        least = max(1u, shared.least_bin << kFineBits);
     }
-    static_assert(kKeysPerThread <= 64, "a bit a key");
-    collecting &= ~listing;
-    uint32_t total;
-    const uint32_t before = exclusive_scan(__popcll(listing) | __popcll(collecting) << 16, shared.scan, total);
-    if (threadIdx.x == 0 && (total & 0xffff)) shared.listed = atomicAdd(&head.state->listed, total & 0xffff);
-    if (threadIdx.x == 32 && total >> 16) shared.collected = atomicAdd(&head.state->collected, total >> 16);
-    __syncthreads();
-    uint32_t list_place = shared.listed + (before & 0xffff), collect_place = shared.collected + (before >> 16);
-    for (; listing; listing &= listing - 1) {
-        const int bit = __ffsll(listing) - 1;
-        const int offset = ((bit >> 3) * kThreads + threadIdx.x) * 8 + (bit & 7);
-        list(a, head, list_place++, shared.page[offset >> a.page_shift], first + offset);
-    }
-    for (; collecting; collecting &= collecting - 1) {
-        const int bit = __ffsll(collecting) - 1;
-        const int p = first + ((bit >> 3) * kThreads + threadIdx.x) * 8 + (bit & 7);
-        if (collect_place < kCollectCapacity) {
-            head.collected[collect_place] =
-                static_cast<uint64_t>(__ldcg(head.keys + p)) << 32 | ~static_cast<uint32_t>(p);
+    for (; first < last; first += kSelectTokens) {
+        const uint32_t listing = keys.at_least(sure), collecting = keys.at_least(least) & ~listing;
+        const int round = first;
+        if (first + kSelectTokens < last)
+            keys.load(head, first + kSelectTokens, last);  // in flight until the next round
+        for (int i = threadIdx.x; i < kSelectTokens >> a.page_shift; i += kThreads) {
+            shared.page[i] = read_page(a, item.row, round + (i << a.page_shift));
         }
-        collect_place++;
+        uint32_t total;
+        const uint32_t before = exclusive_scan(__popc(listing) | __popc(collecting) << 16, shared.scan, total);
+        if (threadIdx.x == 0 && (total & 0xffff)) shared.listed = atomicAdd(&head.state->listed, total & 0xffff);
+        if (threadIdx.x == 32 && total >> 16) shared.collected = atomicAdd(&head.state->collected, total >> 16);
+        __syncthreads();
+        uint32_t list_place = shared.listed + (before & 0xffff), collect_place = shared.collected + (before >> 16);
+        for (uint32_t bits = listing; bits; bits &= bits - 1) {
+            const int offset = Keys::offset(__ffs(bits) - 1);
+            list(a, head, list_place++, shared.page[offset >> a.page_shift], round + offset);
+        }
+        for (uint32_t bits = collecting; bits; bits &= bits - 1) {
+            const uint32_t p = round + Keys::offset(__ffs(bits) - 1);
+            if (collect_place < kCollectCapacity) {
+                head.collected[collect_place] = static_cast<uint64_t>(__ldcg(head.keys + p)) << 32 | ~p;
+            }
+            collect_place++;
+        }
+        __syncthreads();  // pages and places are overwritten in the next round
     }
     // The last block of this head completes the list.
     __threadfence();
@@ -218,8 +267,9 @@ __global__ __launch_bounds__(kThreads, 4) void select_kernel(const __grid_consta
 }  // namespace
 
 cudaError_t launch_select(const Arguments& a, cudaStream_t stream) {
-    const int blocks = (a.max_length + kSelectTokens - 1) / kSelectTokens;
-    const Launch launch(dim3(blocks, a.select_heads, a.items), dim3(kThreads), 0, stream, a.dependent_launch);
+    const int block_tokens = a.select_rounds * kSelectTokens;
+    const int blocks = (a.max_length + block_tokens - 1) / block_tokens;
+    const Launch launch(dim3(blocks, a.select_heads, a.items), dim3(kThreads), 0, stream);
     return launch(select_kernel, a);
 }
 

@@ -188,7 +188,6 @@ int32_t make_plan(const SocketTrtAttentionParams& p, const Device& device, Plan&
     a.sparse = p.min_length < a.max_length;
     a.select_heads = p.selection == SOCKET_TRT_KV_HEAD ? p.kv_heads : p.query_heads;
     a.prefill_tiles = a.items_are_tokens ? 0 : p.tokens / kPrefillRows + p.sequences;
-    a.dependent_launch = device.architecture >= 90;
 
     const int64_t length = a.max_length;
     const int64_t share = (length * p.budget_permille + 999) / 1000;
@@ -199,6 +198,9 @@ int32_t make_plan(const SocketTrtAttentionParams& p, const Device& device, Plan&
     a.dense_splits = plan_splits(device, static_cast<int64_t>(a.items) * p.kv_heads, length, 256);
     a.sparse_splits = a.sparse ? plan_splits(device, static_cast<int64_t>(a.items) * a.select_heads, listed, 128) : 0;
 
+    const int64_t select_blocks = (length + kSelectTokens - 1) / kSelectTokens * a.items * a.select_heads;
+    const int64_t select_room = static_cast<int64_t>(kSelectBlocksPerMultiprocessor) * device.multiprocessors;
+    a.select_rounds = static_cast<int32_t>((select_blocks + select_room - 1) / select_room);
     plan.score = ScorePlan{};
     if (a.sparse && a.items > 0) {
         plan.score = plan_score(a, device);
@@ -234,7 +236,7 @@ cudaError_t launch_decode(const Arguments& a, const Device& device, bool sparse,
     const dim3 grid(sparse ? a.sparse_splits : a.dense_splits, sets, a.items);
     const SocketTrtAttentionParams& p = a.p;
     return launch_embedded(
-        name, p.dtype, p.head_size, device, grid, stream, a.dependent_launch,
+        name, p.dtype, p.head_size, device, grid, stream,
         {&p.query,      &p.key_cache,      &p.value_cache,   &p.page_table, &a.item,    &a.slot,
          &a.selection,  &a.partial_output, &a.partial_stats, &p.scale,      &p.softcap, &p.sliding_window,
          &p.tokens,     &p.query_heads,    &p.kv_heads,      &together,     &p.pages,   &p.pages_per_sequence,
@@ -248,7 +250,7 @@ cudaError_t launch_prefill(const Arguments& a, const Device& device, cudaStream_
                        : capped          ? "prefill_16_capped"
                                          : "prefill_16";
     return launch_embedded(
-        name, p.dtype, p.head_size, device, dim3(p.query_heads, a.prefill_tiles), stream, a.dependent_launch,
+        name, p.dtype, p.head_size, device, dim3(p.query_heads, a.prefill_tiles), stream,
         {&p.query, &p.key_cache, &p.value_cache, &p.page_table, &a.prefill_tile, &p.output, &p.scale, &p.softcap,
          &p.sliding_window, &p.tokens, &p.query_heads, &p.kv_heads, &p.pages, &p.pages_per_sequence, &a.page_shift});
 }

@@ -12,7 +12,6 @@ from collections.abc import Iterable
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .common import LOG2_E, Config, Kernel, Variant, accumulate, capped, page_of
 
@@ -47,17 +46,13 @@ def decode_attention(
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """Grid: parts of the tokens, sets of heads that share them, items.
 
     query [Hq, N, D]; key_cache, value_cache [P, Hkv, page_size, D]; items int32 [items, 4] (row, token, length, mode);
-    slots int32 [items, sets, list_stride]; selection int32 [items, sets, 8] (the first is the number of slots);
+    slots int32 [items, sets, list_stride]; selection int32 [items, sets, 4] (the first is the number of slots);
     partial_output [items, Hq, split_stride, D]; partial_stats [items, Hq, split_stride, 2].
     """
-    if DEPENDENT:
-        gdc_launch_dependents()
-        gdc_wait()
     split = tl.program_id(0)
     splits = tl.num_programs(0)
     head_set = tl.program_id(1)
@@ -74,7 +69,7 @@ def decode_attention(
     # The tokens of this program: [begin, end) of the list, or of the positions.
     if SPARSE:
         list_index = item.to(tl.int64) * tl.num_programs(1) + head_set
-        end = tl.load(selection + list_index * 8)
+        end = tl.load(selection + list_index * 4)
         begin = 0
         first = 0
     else:
@@ -131,7 +126,7 @@ def variants(architecture: int, head_size: int) -> Iterable[Variant]:
     def configs(sparse: bool, block: int) -> tuple[Config, ...]:
         constants = {"SPARSE": sparse, "HEAD_SIZE": head_size, "BLOCK_D": triton.next_power_of_2(head_size)}
         return tuple(
-            Config({**constants, "BLOCK_N": n, "DEPENDENT": architecture >= 90}, 4, stages)
+            Config({**constants, "BLOCK_N": n}, 4, stages)
             for n in (block, block // 2)
             if n >= 16
             for stages in (5, 4, 3, 1)  # the page numbers' load takes one, so that 5 keep three tiles

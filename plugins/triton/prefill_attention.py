@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .common import LOG2_E, Config, Kernel, Variant, accumulate, capped, page_of
 
@@ -92,16 +91,12 @@ def prefill_attention(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    DEPENDENT: tl.constexpr,
 ):
     """Grid: query heads, tiles (so that the heads of one KV head, which read the same keys, run together).
 
     query, output [Hq, N, D]; key_cache, value_cache [P, Hkv, page_size, D];
     tiles int32 [tiles, 4] (row, first token, tokens, position of the first token).
     """
-    if DEPENDENT:
-        gdc_launch_dependents()
-        gdc_wait()
     head = tl.program_id(0)
     tile = tl.program_id(1)
     count = tl.load(tiles + tile * 4 + 2)
@@ -147,7 +142,7 @@ def variants(architecture: int, head_size: int) -> Iterable[Variant]:
 
     def configs(cap: bool, *blocks: int) -> tuple[Config, ...]:
         constants = {"CAPPED": cap, "HEAD_SIZE": head_size, "BLOCK_D": triton.next_power_of_2(head_size)}
-        constants |= {"BLOCK_M": BLOCK_M, "DEPENDENT": architecture >= 90}
+        constants |= {"BLOCK_M": BLOCK_M}
         return tuple(
             Config(constants | {"BLOCK_N": n}, 8, stages)
             for n in blocks

@@ -119,7 +119,7 @@ def run(step: Step, in_place: bool = False) -> Call:
     slots = {}
     if view.heads:
         shape = (view.items, view.heads)
-        counts = workspace[view.counts_offset :][: 32 * view.items * view.heads].view(torch.int32).view(*shape, 8)
+        counts = workspace[view.counts_offset :][: 16 * view.items * view.heads].view(torch.int32).view(*shape, 4)
         lists = workspace[view.slots_offset :][: 4 * view.items * view.heads * view.list_stride].view(torch.int32)
         lists = lists.view(*shape, view.list_stride)
         for item in range(view.items):

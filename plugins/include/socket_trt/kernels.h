@@ -113,7 +113,7 @@ SOCKET_TRT_API int32_t SocketTrtAttentionWorkspace(const SocketTrtAttentionParam
 /* Where a call leaves the lists of attended cache slots in its workspace: for tests and for measuring selections. */
 typedef struct SocketTrtSelectionView {
     uint64_t slots_offset;  /* int32 [items, heads, list_stride]: page * page_size + place in the page, unordered */
-    uint64_t counts_offset; /* uint32 [items, heads, 8]: the first is the number of slots */
+    uint64_t counts_offset; /* uint32 [items, heads, 4]: the first is the number of slots */
     int32_t items;          /* N where N <= B, and an item is a token; else B, and an item is a sequence */
     int32_t heads;          /* Hq, or Hkv with SOCKET_TRT_KV_HEAD; 0: no sequence can be attended sparsely */
     int32_t list_stride;
