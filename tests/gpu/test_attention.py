@@ -80,12 +80,12 @@ def step_of(case: Case, seed: int = 0) -> Step:
 
 @pytest.fixture(scope="module")
 def worst() -> Iterator[Errors]:
-    """The worst errors of the module; written to $SOCKET_TRT_TEST_REPORT where that is set."""
+    """The worst errors of the module; written to $SOCKET_TRT_TEST_REPORT (a file for each worker) where that is set."""
     errors = Errors()
     yield errors
     path = os.environ.get("SOCKET_TRT_TEST_REPORT")
     if path:
-        Path(path).write_text(json.dumps(dataclasses.asdict(errors), indent=2))
+        Path(path + os.environ.get("PYTEST_XDIST_WORKER", "")).write_text(json.dumps(dataclasses.asdict(errors), indent=2))
     print("worst:", errors)
 
 
