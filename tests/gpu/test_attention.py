@@ -85,7 +85,9 @@ def worst() -> Iterator[Errors]:
     yield errors
     path = os.environ.get("SOCKET_TRT_TEST_REPORT")
     if path:
-        Path(path + os.environ.get("PYTEST_XDIST_WORKER", "")).write_text(json.dumps(dataclasses.asdict(errors), indent=2))
+        Path(path + os.environ.get("PYTEST_XDIST_WORKER", "")).write_text(
+            json.dumps(dataclasses.asdict(errors), indent=2)
+        )
     print("worst:", errors)
 
 
