@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from socket_trt.config import OperatorAttributes
 from socket_trt.errors import MissingDependencyError
+from socket_trt.names import OPERATOR_INPUTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,20 +45,7 @@ _SIZES = (
     "tables",
     "planes_per_table",
 )
-_TENSORS = (
-    "query",
-    "key",
-    "value",
-    "key_cache",
-    "value_cache",
-    "code_cache",
-    "norm_cache",
-    "page_table",
-    "past_length",
-    "query_start",
-    "planes",
-    "output",
-)
+_TENSORS = (*OPERATOR_INPUTS, "output")
 
 
 class Params(ctypes.Structure):
