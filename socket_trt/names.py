@@ -19,6 +19,8 @@ OPERATOR_INPUTS = (
     "query_start",
     "planes",
 )
+# The inputs that are int32 whatever T is.
+INTEGER_INPUTS = frozenset({"code_cache", "page_table", "past_length", "query_start"})
 OPERATOR_OUTPUTS = ("output", "key_cache_out", "value_cache_out", "code_cache_out", "norm_cache_out")
 
 # Graph inputs besides the caches, and the one output besides them.

@@ -12,9 +12,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from socket_trt.config import OperatorAttributes
+from socket_trt.config import OperatorAttributes, code_bits
 from socket_trt.errors import MissingDependencyError
-from socket_trt.names import OPERATOR_INPUTS
+from socket_trt.names import INTEGER_INPUTS, OPERATOR_INPUTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -206,7 +206,7 @@ def native_attention(
         planes=planes,
     )
     for name, tensor in named.items():
-        integer = name in ("code_cache", "page_table", "past_length", "query_start")
+        integer = name in INTEGER_INPUTS
         expected = torch.int32 if integer else query.dtype
         if tensor.device != query.device or tensor.dtype != expected:
             raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, expected {expected} on {query.device}")
@@ -218,7 +218,7 @@ def native_attention(
     pages, kv_heads, page_size, _ = key_cache.shape
     tables, rank, _ = planes.shape
     sequences = page_table.shape[0]
-    words = page_size * (8 if rank <= 8 else 16) // 32
+    words = page_size * code_bits(rank) // 32
     shapes = {
         "key": (1, kv_heads, tokens, head_size),
         "value": (1, kv_heads, tokens, head_size),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from socket_trt.cli.console import out, table
 from socket_trt.cli.sizes import human_bytes
 from socket_trt.engine.manifest import EngineDirectory, Manifest
 from socket_trt.errors import SocketTrtError
+from socket_trt.validation.report import VALIDATION_FILE
 
 
 def inspect(
@@ -46,7 +48,7 @@ def _memory(manifest: Manifest) -> dict[str, int]:
     tensors = manifest.weights.tensors.values()
     if tensors:
         unique = {(t.file, t.offset): t.shape for t in tensors}
-        weights = sum(_elements(shape) for shape in unique.values()) * item
+        weights = sum(math.prod(shape) for shape in unique.values()) * item
     else:
         weights = sum(record.size for record in manifest.weights.files.values())
     page = manifest.cache_bytes_per_page()
@@ -57,16 +59,9 @@ def _memory(manifest: Manifest) -> dict[str, int]:
     }
 
 
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for dim in shape:
-        count *= dim
-    return count
-
-
 def _validation(engine: EngineDirectory) -> str:
     """The last validation's outcome, as far as it speaks of this graph."""
-    file = engine.path / "validation.json"
+    file = engine.path / VALIDATION_FILE
     if not file.is_file():
         return f"none; run socket-trt validate {engine.path}"
     report: dict[str, Any] = json.loads(file.read_text())

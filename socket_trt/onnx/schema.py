@@ -11,13 +11,12 @@ from socket_trt import names
 from socket_trt.config import OperatorAttributes
 
 _TYPES = {"T": ["tensor(float16)", "tensor(bfloat16)", "tensor(float)"], "I": ["tensor(int32)"]}
-_INTEGER_INPUTS = {"code_cache", "page_table", "past_length", "query_start"}
 _DOC = """SOCKET attention on packed tokens and a paged cache: appends the step's keys and values with their codes and
 value norms to the cache, then attends; decode queries only to a sink, a window and the best scored tokens."""
 
 
 def _parameter(name: str, input_name: str) -> OpSchema.FormalParameter:
-    return OpSchema.FormalParameter(name, "I" if input_name in _INTEGER_INPUTS else "T")
+    return OpSchema.FormalParameter(name, "I" if input_name in names.INTEGER_INPUTS else "T")
 
 
 def _attribute(field: dataclasses.Field[object]) -> OpSchema.Attribute:

@@ -22,7 +22,6 @@ _SHAPES: dict[str, list[str | int]] = {
     "query_start": ["boundaries"],
     "planes": ["tables", "rank", "head_size"],
 }
-_INTEGERS = {"code_cache", "page_table", "past_length", "query_start"}
 
 
 def operator_model(
@@ -37,7 +36,9 @@ def operator_model(
     def tensor(name: str) -> onnx.ValueInfoProto:
         kind = name.removesuffix("_out")
         shape = _SHAPES["query" if kind == "output" else kind]
-        return helper.make_tensor_value_info(name, TensorProto.INT32 if kind in _INTEGERS else float_type, shape)
+        return helper.make_tensor_value_info(
+            name, TensorProto.INT32 if kind in names.INTEGER_INPUTS else float_type, shape
+        )
 
     node = helper.make_node(
         names.OPERATOR,

@@ -38,6 +38,14 @@ def visible(past: int, tokens: int, sliding_window: int, device: torch.device) -
     return seen & (distance < sliding_window) if sliding_window > 0 else seen
 
 
+def fixed_and_candidates(length: int, attributes: OperatorAttributes, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens that a decode query attends to whatever their score, and those it chooses among: bool [T] each."""
+    position = torch.arange(length, device=device)
+    seen = visible(length - 1, 1, attributes.sliding_window, device)[0]
+    fixed = seen & ((position < attributes.sink) | (position >= length - attributes.window))
+    return fixed, seen & ~fixed
+
+
 def decode_set(scores: Tensor, attributes: OperatorAttributes) -> Tensor:
     """The attended set of a decode query: sink, window, and the M best scores among the tokens between them.
 
@@ -45,10 +53,8 @@ def decode_set(scores: Tensor, attributes: OperatorAttributes) -> Tensor:
     Ties go to the lower position; every token counts once, whichever rule admits it.
     """
     heads, length = scores.shape
-    position = torch.arange(length, device=scores.device)
-    seen = visible(length - 1, 1, attributes.sliding_window, scores.device)[0]
-    fixed = seen & ((position < attributes.sink) | (position >= length - attributes.window))
-    candidates = (seen & ~fixed).nonzero().squeeze(-1)
+    fixed, others = fixed_and_candidates(length, attributes, scores.device)
+    candidates = others.nonzero().squeeze(-1)
     budget = attended_budget(length, attributes.budget_tokens, attributes.budget_permille)
     order = scores[:, candidates].sort(dim=-1, descending=True, stable=True).indices
     chosen = candidates[order[:, :budget]]

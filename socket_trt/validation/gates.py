@@ -16,7 +16,7 @@ from socket_trt import names
 from socket_trt.config import INT32_MAX, OperatorAttributes, attended_budget, code_bits
 from socket_trt.errors import EngineError
 from socket_trt.reference import attended_set, collision_scores, gather_sequence
-from socket_trt.reference.selection import visible
+from socket_trt.reference.selection import fixed_and_candidates
 from socket_trt.runtime.sampling import SamplingParameters
 from socket_trt.runtime.scheduler import Scheduler
 from socket_trt.runtime.session import Session
@@ -270,10 +270,7 @@ def _expected_set(
     scores = collision_scores(
         query[:, 0], cached.codes, cached.norms, planes, attributes.temperature, attributes.selection
     )
-    seen = visible(past[row], 1, attributes.sliding_window, scores.device)[0]
-    position = torch.arange(length)
-    fixed = seen & ((position < attributes.sink) | (position >= length - attributes.window))
-    candidates = seen & ~fixed
+    _, candidates = fixed_and_candidates(length, attributes, scores.device)
     budget = attended_budget(length, attributes.budget_tokens, attributes.budget_permille)
     if length <= attributes.min_length or int(candidates.sum()) <= budget or budget == 0:
         return expected.numpy(), torch.zeros_like(expected).numpy(), False
