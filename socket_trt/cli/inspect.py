@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from socket_trt.cli.build import plan_text
 from socket_trt.cli.console import out, table
 from socket_trt.cli.sizes import human_bytes
 from socket_trt.engine.manifest import EngineDirectory, Manifest
@@ -96,6 +97,7 @@ def _rows(manifest: Manifest, memory: dict[str, int], state: str, validation: st
             "cache",
             f"{human_bytes(memory['page_bytes'])} a page, {memory['cached_tokens_per_gib']} tokens a GiB",
         ),
+        *([("plan", plan_text(manifest))] if manifest.backend == "tensorrt" else []),
         ("built", f"{manifest.created} by socket-trt {manifest.versions['socket-trt']}"),
         ("state", state),
         ("validation", validation),

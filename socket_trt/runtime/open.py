@@ -8,19 +8,32 @@ from collections.abc import Iterator
 from tokenizers import Tokenizer
 
 from socket_trt.engine.manifest import EngineDirectory
-from socket_trt.errors import EngineError
+from socket_trt.engine.profiles import DEFAULT_MAX_STEP_TOKENS
+from socket_trt.errors import ConfigError, EngineError
+from socket_trt.progress import Progress
 from socket_trt.runtime.generator import TextGenerator
 from socket_trt.runtime.session import Session
 
 
-def open_session(engine: EngineDirectory, num_pages: int | None = None) -> Session:
+def open_session(
+    engine: EngineDirectory,
+    num_pages: int | None = None,
+    *,
+    random_weights: bool = False,
+    progress: Progress | None = None,
+) -> Session:
     """The session of the backend that the engine was built for.
 
-    `num_pages`: size of the cache's pool; by default a full batch of full sequences fits.
-    Raises EngineError or CheckpointError where graph or weights are not what the build left.
+    `num_pages`: size of the cache's pool; by default a full batch of full sequences fits.  `random_weights`: do without
+    the checkpoint (TensorRT).
+    Raises EngineError or CheckpointError where graph, plan or weights are not what the build left.
     """
-    if engine.manifest.backend != "onnxruntime":
-        raise EngineError(f"{engine.path}: built for {engine.manifest.backend}, which this release cannot run yet")
+    if engine.manifest.backend == "tensorrt":
+        from socket_trt.runtime.tensorrt_session import TensorRTSession
+
+        return TensorRTSession(engine, num_pages, random_weights=random_weights, progress=progress)
+    if random_weights:
+        raise ConfigError(f"{engine.path}: only a TensorRT engine can be run with random weights in place of its own")
     from socket_trt.runtime.onnxruntime_session import OnnxRuntimeSession
 
     return OnnxRuntimeSession(engine, num_pages)
@@ -40,11 +53,17 @@ def load_tokenizer(engine: EngineDirectory) -> Tokenizer:
 
 
 @contextlib.contextmanager
-def open_generator(engine: EngineDirectory) -> Iterator[TextGenerator]:
+def open_generator(engine: EngineDirectory, progress: Progress | None = None) -> Iterator[TextGenerator]:
     """A generator on a session that is closed at the end."""
     tokenizer = load_tokenizer(engine)
-    session = open_session(engine)
+    session = open_session(engine, progress=progress)
+    plan = engine.manifest.plan
     try:
-        yield TextGenerator(session, tokenizer, engine.manifest.model.stop_token_ids)
+        yield TextGenerator(
+            session,
+            tokenizer,
+            engine.manifest.model.stop_token_ids,
+            max_step_tokens=plan.max_step_tokens if plan is not None else DEFAULT_MAX_STEP_TOKENS,
+        )
     finally:
         session.close()
