@@ -5,6 +5,7 @@
 #define SOCKET_TRT_TENSORRT_ADAPTER_H_
 
 #include <NvInfer.h>
+#include <dlfcn.h>
 
 #include <algorithm>
 #include <array>
@@ -64,6 +65,31 @@ void warn_of_copied_caches(const char* layer) noexcept {
     log(nvinfer1::ILogger::Severity::kWARNING, layer,
         "a cache's output has another address than its input, so that whole caches are copied in every step: bind "
         "both to one address to update it in place");
+}
+
+// ---- The TensorRT that loads the library ----
+
+// Major version of the library that `object`'s class is from; 0 where it is no TensorRT that says so.  TensorRT 11 put
+// functions in front of ILogger's and ILoggerFinder's, so that a plugin for 10 would call the wrong ones (and so on):
+// better no creator than a crash with the first message.
+int32_t runtime_major(const void* object) {
+    Dl_info info;
+    const void* functions = *static_cast<const void* const*>(object);
+    if (dladdr(functions, &info) == 0 || info.dli_fname == nullptr) return 0;
+    void* library = dlopen(info.dli_fname, RTLD_NOW | RTLD_NOLOAD);
+    if (library == nullptr) return 0;
+    const auto version = reinterpret_cast<int32_t (*)()>(dlsym(library, "getInferLibVersion"));
+    // 8600 is 8.6.0, 101600 is 10.16.0.
+    const int32_t number = version == nullptr ? 0 : version();
+    dlclose(library);
+    return number >= 100000 ? number / 10000 : number / 1000;
+}
+
+std::atomic<bool> wrong_runtime{false};
+
+// How many creators to hand out.
+int32_t creator_count() {
+    return wrong_runtime ? 0 : 1;
 }
 
 // ---- TensorRT's structures as the core's ----
@@ -178,7 +204,16 @@ const nvinfer1::PluginFieldCollection* advertised_fields() {
 }  // namespace socket_trt
 
 SOCKET_TRT_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
-    socket_trt::tensorrt::logger_finder = finder;
+    using namespace socket_trt::tensorrt;
+    const int32_t major = finder == nullptr ? 0 : runtime_major(finder);
+    wrong_runtime = major != 0 && major != NV_TENSORRT_MAJOR;
+    logger_finder = wrong_runtime ? nullptr : finder;
+    if (wrong_runtime) {
+        std::fprintf(stderr,
+                     "%s: this plugin library is for TensorRT %d, it was loaded by TensorRT %d: load "
+                     "libsocket_trt_plugin_%d.so\n",
+                     kPluginName, NV_TENSORRT_MAJOR, major, major);
+    }
 }
 
 const char* SocketTrtPluginRelease(void) {

@@ -152,6 +152,6 @@ class SocketAttentionCreatorV2 : public nvinfer1::IPluginCreator {
 SOCKET_TRT_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& count) {
     static socket_trt::tensorrt::SocketAttentionCreatorV2 creator;
     static nvinfer1::IPluginCreator* const creators[] = {&creator};
-    count = 1;
+    count = socket_trt::tensorrt::creator_count();
     return creators;
 }
