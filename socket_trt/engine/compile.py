@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,16 +64,16 @@ def compile_graph(
     tensorrt: TensorRT,
     progress: Progress,
     *,
-    graph: bytes | None = None,
+    attributes: Mapping[str, int] | None = None,
     max_step_tokens: int = DEFAULT_MAX_STEP_TOKENS,
 ) -> Compiled:
-    """Build a plan of the engine's graph, or of `graph`, another one with the same inputs and weights."""
+    """Build a plan of the engine's graph, with these `attributes` of every operator in place of its own."""
     manifest = engine.manifest
     check_plannable(engine, tensorrt.major)
     check_max_step_tokens(max_step_tokens, manifest.max_batch_size)
     max_pages = pool_pages(manifest)
     begin = time.perf_counter()
-    network = load_network(engine, tensorrt.major, graph)
+    network = load_network(engine, tensorrt.major, attributes)
     with progress.task(f"Building the TensorRT plan ({manifest.attention.value})", 1000) as advance:
         plan = build_plan(
             tensorrt.module,
@@ -100,14 +101,13 @@ def compile_graph(
     return Compiled(plan, record)
 
 
-def load_network(engine: EngineDirectory, major: int, graph: bytes | None = None) -> NetworkGraph:
-    """The graph for TensorRT's parser; `graph` instead of the engine's own, see `compile_graph`."""
-    if graph is None:
-        model = ir.load(engine.graph)
-    else:
-        import onnx
-
-        model = ir.from_proto(onnx.load_model_from_string(graph))
+def load_network(engine: EngineDirectory, major: int, attributes: Mapping[str, int] | None = None) -> NetworkGraph:
+    """The graph for the parser of this major version of TensorRT; `attributes`: see `compile_graph`."""
+    model = ir.load(engine.graph)
+    for node in model.graph:
+        if (node.domain, node.op_type) == (names.DOMAIN, names.OPERATOR):
+            for name, value in (attributes or {}).items():
+                node.attributes[name] = ir.AttrInt64(name, value)
     prepare = embedded_graph if engine.manifest.weights.mode == "embedded" else network_graph
     return prepare(model, opset17=major < 10)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -119,7 +120,7 @@ def _convert_in(
 ) -> None:
     """`convert` on slices side by side: NumPy lets other threads run meanwhile."""
     bounds = [source.size * i // workers for i in range(workers + 1)]
-    spans = zip(bounds, bounds[1:], strict=False)
+    spans = itertools.pairwise(bounds)
     jobs = [pool.submit(convert, source[a:b], location.dtype, dtype, target[a:b]) for a, b in spans if a < b]
     for job in jobs:
         try:

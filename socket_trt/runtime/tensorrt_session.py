@@ -187,8 +187,9 @@ class TensorRTSession(Session):
         return self._stream
 
     @property
-    def manifest(self) -> Manifest:
-        return self._manifest
+    def record(self) -> PlanRecord:
+        """What the plan was built with."""
+        return self._record
 
     @property
     def memory(self) -> dict[str, int]:
@@ -227,6 +228,33 @@ class TensorRTSession(Session):
         rows = self._logits_host.bytes[: 4 * shape.rows * self._limits.vocabulary_size]
         logits: FloatArray = rows.view(np.float32).reshape(shape.rows, -1).copy()
         return logits
+
+    def profile(self, batch: StepBatch, runs: int = 5) -> list[tuple[str, float]]:
+        """Milliseconds of each layer of the plan in a decode step, mean of `runs`, in the order of execution.
+
+        TensorRT waits after each layer, so their sum is more than a step takes.
+        """
+        trt, times = self._trt.module, dict[str, float]()
+
+        class Profiler(trt.IProfiler):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.IProfiler.__init__(self)
+
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                times[layer_name] = times.get(layer_name, 0.0) + ms / runs
+
+        self.step(batch)
+        shape = self._shape(batch)
+        context = self._context(self._decode_profile(shape))
+        self._set_shapes(context, shape, None)
+        self._enqueue(context, shape)
+        self._stream.synchronize()
+        profiler = Profiler()
+        context.profiler = profiler
+        for _ in range(runs):
+            self._enqueue(context, shape)
+            self._stream.synchronize()
+        return list(times.items())
 
     def close(self) -> None:
         """Free the GPU's memory; the session cannot be used afterwards."""
@@ -271,11 +299,13 @@ class TensorRTSession(Session):
                 _, oldest = self._decoders.popitem(last=False)
                 if oldest.graph is not None:
                     oldest.graph.free()
-            index = next(i for i, profile in enumerate(self._profiles) if shape.rows <= profile.sequences.maximum)
-            decoder = self._decoders[shape] = _Decoder(self._context(index))
+            decoder = self._decoders[shape] = _Decoder(self._context(self._decode_profile(shape)))
             self._set_shapes(decoder.context, shape, None)
         self._decoders.move_to_end(shape)
         return decoder
+
+    def _decode_profile(self, shape: StepShape) -> int:
+        return next(i for i, profile in enumerate(self._profiles) if shape.rows <= profile.sequences.maximum)
 
     def _context(self, profile: int) -> Any:
         """An execution context with every address bound."""
