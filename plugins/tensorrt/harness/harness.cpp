@@ -193,7 +193,7 @@ void expect_refused(Subject& subject, const std::string& data, const std::string
 int walk(Subject& subject, const Case& shapes) {
     expect(shapes.has_tensors, "the case has tensors");
     subject.walk_creator();
-    expect(subject.create(shapes.fields), "the plugin is created: " + take_log());
+    expect(subject.create(shapes.fields), "the plugin is created");
     subject.walk_build(shapes);
     expect(subject.workspace(shapes) > 0, "workspace is needed");
 
@@ -218,9 +218,9 @@ int walk(Subject& subject, const Case& shapes) {
     std::memset(&changed[changed.size() - 12], 0, 4);  // page_size, sliding_window, softcap
     expect_refused(subject, changed, "field 'page_size' is 0", "a value out of range");
 
-    expect(subject.recreate(data.data(), data.size()), "the plugin is recreated from its data: " + take_log());
+    expect(subject.recreate(data.data(), data.size()), "the plugin is recreated from its data");
     expect(subject.serialize() == data, "the recreated plugin serialises to the same bytes");
-    expect(subject.attach(shapes), "the plugin attaches: " + take_log());
+    expect(subject.attach(shapes), "the plugin attaches");
     Case mismatched = shapes;
     mismatched.tensors[3].dims[2] *= 2;
     expect(!subject.attach(mismatched), "pages of another size are refused");
@@ -234,12 +234,12 @@ int walk(Subject& subject, const Case& shapes) {
 }
 
 int run(Subject& subject, const Case& shapes, const Options& options) {
-    expect(subject.create(shapes.fields), "the plugin is created: " + take_log());
+    expect(subject.create(shapes.fields), "the plugin is created");
     const size_t workspace_bytes = subject.workspace(shapes);
-    expect(workspace_bytes > 0, "workspace is known: " + take_log());
+    expect(workspace_bytes > 0, "workspace is known");
     const std::string data = subject.serialize();
-    expect(subject.recreate(data.data(), data.size()), "the plugin is recreated: " + take_log());
-    expect(subject.attach(shapes), "the plugin attaches: " + take_log());
+    expect(subject.recreate(data.data(), data.size()), "the plugin is recreated");
+    expect(subject.attach(shapes), "the plugin attaches");
 
     std::unique_ptr<Buffer> input[kInputs], output[kOutputs];
     const void* inputs[kInputs];
@@ -266,12 +266,11 @@ int run(Subject& subject, const Case& shapes, const Options& options) {
         check_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture begins");
         const bool enqueued = subject.enqueue(shapes, inputs, outputs, workspace.data(), stream);
         check_cuda(cudaStreamEndCapture(stream, &graph), "capture ends");
-        expect(enqueued, "the plugin enqueues into a graph: " + take_log());
+        expect(enqueued, "the plugin enqueues into a graph");
         check_cuda(cudaGraphInstantiate(&executable, graph, 0), "the graph");
         for (int i = 0; i < 2; i++) check_cuda(cudaGraphLaunch(executable, stream), "the graph's launch");
     } else {
-        expect(subject.enqueue(shapes, inputs, outputs, workspace.data(), stream),
-               "the plugin enqueues: " + take_log());
+        expect(subject.enqueue(shapes, inputs, outputs, workspace.data(), stream), "the plugin enqueues");
     }
     check_cuda(cudaStreamSynchronize(stream), "execution");
 
@@ -299,6 +298,7 @@ size_t Tensor::bytes() const {
 
 void expect(bool fine, const std::string& what) {
     std::printf("%s %s\n", fine ? "ok" : "FAILED", what.c_str());
+    if (!fine) std::printf("%s", take_log().c_str());
     std::fflush(stdout);
     if (!fine) std::exit(1);
 }
@@ -324,7 +324,7 @@ int main(int argc, char** argv) {
     if (options.command == "walk") return walk(*subject, shapes);
     if (options.command == "run") return run(*subject, shapes, options);
     if (options.command == "workspace") {
-        expect(subject->create(shapes.fields), "the plugin is created: " + take_log());
+        expect(subject->create(shapes.fields), "the plugin is created");
         const size_t bytes = subject->workspace(shapes);
         std::printf("%s%zu\n", take_log().c_str(), bytes);
         return 0;

@@ -46,7 +46,7 @@ struct Case {
     bool has_tensors = false;
 };
 
-// Prints "ok what", or "FAILED what" and ends the program with status 1.
+// Prints "ok what"; or "FAILED what" with what was logged, and ends the program with status 1.
 void expect(bool fine, const std::string& what);
 
 // What the plugin logged since the last call.
