@@ -16,7 +16,7 @@ import numpy as np
 
 from socket_trt import names
 from socket_trt.engine.compile import Compiled, plan_profiles
-from socket_trt.engine.manifest import EngineDirectory, Manifest, PlanRecord
+from socket_trt.engine.manifest import EngineDirectory, PlanRecord
 from socket_trt.engine.tensorrt import TensorRT, open_tensorrt
 from socket_trt.errors import ConfigError, EngineError, RequestError
 from socket_trt.progress import Progress, Silent
@@ -236,7 +236,7 @@ class TensorRTSession(Session):
         """
         trt, times = self._trt.module, dict[str, float]()
 
-        class Profiler(trt.IProfiler):  # type: ignore[misc]
+        class Profiler(trt.IProfiler):  # type: ignore[misc, name-defined]
             def __init__(self) -> None:
                 trt.IProfiler.__init__(self)
 
