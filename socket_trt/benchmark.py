@@ -21,7 +21,7 @@ from socket_trt.engine.manifest import EngineDirectory, Manifest
 from socket_trt.engine.tensorrt import open_tensorrt
 from socket_trt.errors import ConfigError, EngineError
 from socket_trt.progress import Progress
-from socket_trt.runtime.random_cache import draw_pages, fill_caches
+from socket_trt.runtime.random_cache import TOKENS, draw_pages, fill_caches
 from socket_trt.runtime.session import StepBatch
 from socket_trt.runtime.tensorrt_session import TensorRTSession
 
@@ -128,11 +128,11 @@ def run_benchmark(engine: EngineDirectory, options: BenchOptions, progress: Prog
     if manifest.plan is None:
         raise EngineError(f"{engine.path}: has no TensorRT plan yet; run socket-trt compile {engine.path}")
     tensorrt = open_tensorrt()
+    prefill_pages = -(-options.prefill // manifest.socket.page_size)
+    num_pages = 1 + max([prefill_pages, *(case.pages(manifest) for case in options.cases)])
     with progress.task("Drawing keys and values"):
-        pages = draw_pages(manifest, seed=options.seed)
-    num_pages = 1 + max(
-        [case.pages(manifest) for case in options.cases] + [-(-options.prefill // manifest.socket.page_size)]
-    )
+        cached = num_pages * manifest.socket.page_size * manifest.model.kv_heads
+        pages = draw_pages(manifest, min(TOKENS, cached), options.seed)
     decode: list[DecodeResult] = []
     prefill: list[dict[str, Any]] = []
     layers: dict[str, list[tuple[str, float]]] = {}

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from socket_trt.engine.compile import compile_engine
-from socket_trt.engine.manifest import EngineDirectory
-from socket_trt.progress import Silent
 from socket_trt.runtime.onnxruntime_session import OnnxRuntimeSession
 from socket_trt.runtime.sampling import SamplingParameters
 from socket_trt.runtime.scheduler import Scheduler
 from socket_trt.runtime.session import Session
 from socket_trt.runtime.tensorrt_session import TensorRTSession
 from socket_trt.validation.scenario import make_scenario
-from tests.engines import tiny_engine
-from tests.tensorrt_fixtures import install
-
-OPTIONS = {"dtype": "float16", "backend": "tensorrt", "max_batch_size": 4, "opset": 17}
-
-
-def compiled(tmp_path: Path, **options: object) -> EngineDirectory:
-    shutil.copytree(tiny_engine(**OPTIONS | options), tmp_path / "engine")
-    engine = EngineDirectory.open(tmp_path / "engine")
-    compile_engine(engine, Silent())
-    return EngineDirectory.open(tmp_path / "engine")
+from tests.tensorrt_fixtures import FakeMachine
 
 
 def greedy(session: Session, prompts: list[list[int]], tokens: int) -> list[list[int]]:
@@ -42,11 +26,9 @@ def greedy(session: Session, prompts: list[list[int]], tokens: int) -> list[list
 
 
 @pytest.mark.parametrize("version", ["8.6.0", "10.16.1", "11.4.0"])
-def test_steps_and_texts_are_those_of_onnx_runtime(
-    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trt = install(monkeypatch, tmp_path, version)
-    engine = compiled(tmp_path)
+def test_steps_and_texts_are_those_of_onnx_runtime(version: str, machine: FakeMachine) -> None:
+    trt = machine.install(version)
+    engine = machine.compiled()
     session = TensorRTSession(engine)
     expected = OnnxRuntimeSession(engine)
     for step in make_scenario(engine.manifest, seed=3).steps:
