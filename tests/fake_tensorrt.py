@@ -253,10 +253,14 @@ class Engine:
         assert self.trt.__version__.startswith("8.")
         return Context(self)
 
-    def create_execution_context(self, strategy: str) -> Context:
+    def create_execution_context(self, strategy: str | None = None) -> Context:
+        context = Context(self)
+        if strategy is None:  # TensorRT's own memory, the first profile
+            context.device_memory, context.profile = 1, 0
+            return context
         assert not self.trt.__version__.startswith("8.")
         assert strategy == "user managed"
-        return Context(self)
+        return context
 
 
 class Context:

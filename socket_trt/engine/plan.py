@@ -10,12 +10,12 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from socket_trt.engine.manifest import TensorRecord
-from socket_trt.engine.profiles import Profile
+from socket_trt.engine.profiles import Profile, Shape
 from socket_trt.errors import EngineError
 from socket_trt.onnx.network import NetworkGraph
 
@@ -25,6 +25,8 @@ _PYTHON_LEVELS = {"WARNING": logging.INFO, "INFO": logging.DEBUG, "VERBOSE": log
 
 # Told of the builder's phases: name of the phase, steps done, steps in all.
 Watch = Callable[[str, int, int], None]
+# Least, best and greatest shape by input.
+Shapes = Mapping[str, tuple[Shape, Shape, Shape]]
 
 
 def major_version(trt: Any) -> int:
@@ -59,6 +61,19 @@ def build_plan(
     graph: NetworkGraph,
     inputs: Sequence[TensorRecord],
     profiles: Sequence[Profile],
+    **options: Any,
+) -> bytes:
+    """`build_network_plan` for an engine's graph: `inputs` with symbolic dimensions, weights left out."""
+    dynamic = [record for record in inputs if any(isinstance(dim, str) for dim in record.shape)]
+    shapes = [{record.name: profile.shapes(record) for record in dynamic} for profile in profiles]
+    return build_network_plan(trt, logger, graph, shapes, **options)
+
+
+def build_network_plan(
+    trt: Any,
+    logger: Any,
+    graph: NetworkGraph,
+    profiles: Sequence[Shapes],
     *,
     graph_path: Path | None = None,
     timing_cache: Path | None = None,
@@ -66,7 +81,7 @@ def build_plan(
 ) -> bytes:
     """Build `graph` for the current GPU.
 
-    inputs        the graph's inputs with symbolic dimensions, weights left out
+    profiles      least, best and greatest shape of every input of varying size, for each profile
     graph_path    where the graph's embedded weights are found beside
     timing_cache  file that remembers how fast kernels are; written after the build
     watch         told of progress, by TensorRT 10 and later
@@ -78,8 +93,11 @@ def build_plan(
     parse(trt, logger, network, graph, graph_path)
     transpose_in_product(trt, network, frozenset(graph.transposed))
     config = builder.create_builder_config()
-    for profile in profiles:
-        config.add_optimization_profile(_optimization_profile(builder, profile, inputs))
+    for shapes in profiles:
+        profile = builder.create_optimization_profile()
+        for name, (least, best, greatest) in shapes.items():
+            profile.set_shape(name, least, best, greatest)
+        config.add_optimization_profile(profile)
     _configure(trt, config)
     if major_version(trt) < 10:
         hold_types(trt, network, graph)
@@ -153,14 +171,6 @@ def _configure(trt: Any, config: Any) -> None:
     if major_version(trt) < 10:  # later ones always share
         config.set_preview_feature(trt.PreviewFeature.PROFILE_SHARING_0806, True)  # a context for each captured graph
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-
-
-def _optimization_profile(builder: Any, profile: Profile, inputs: Iterable[TensorRecord]) -> Any:
-    target = builder.create_optimization_profile()
-    for record in inputs:
-        if any(isinstance(dim, str) for dim in record.shape):
-            target.set_shape(record.name, *profile.shapes(record))
-    return target
 
 
 def _monitor(trt: Any, watch: Watch) -> Any:
