@@ -104,7 +104,8 @@ class TensorRTOperatorRunner(BaseRunner):  # type: ignore[misc]
         try:
             for name, array in arrays.items():
                 self._move(array, buffers[name].address, to_device=True)
-                self._check(self._context.set_input_shape(name, array.shape))
+                if name != "planes":  # the one input of fixed shape
+                    self._check(self._context.set_input_shape(name, array.shape))
             for name, buffer in buffers.items():
                 self._check(self._context.set_tensor_address(name, buffer.address))
             self._check(self._context.execute_async_v3(self._stream.handle))
