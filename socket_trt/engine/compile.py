@@ -74,7 +74,8 @@ def compile_graph(
     max_pages = pool_pages(manifest)
     begin = time.perf_counter()
     network = load_network(engine, tensorrt.major, attributes)
-    with progress.task(f"Building the TensorRT plan ({manifest.attention.value})", 1000) as advance:
+    changed = ", ".join(f"{name}={value}" for name, value in (attributes or {}).items())
+    with progress.task(f"Building the TensorRT plan{f' with {changed}' if changed else ''}", 1000) as advance:
         plan = build_plan(
             tensorrt.module,
             tensorrt.logger,

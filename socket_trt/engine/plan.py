@@ -20,8 +20,8 @@ from socket_trt.errors import EngineError
 from socket_trt.onnx.network import NetworkGraph
 
 _LOG = logging.getLogger("socket_trt.tensorrt")
-_LEVELS = ("INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE")
-_PYTHON_LEVELS = {"WARNING": logging.INFO, "INFO": logging.DEBUG, "VERBOSE": logging.DEBUG}
+# Below Python's own, so that nothing shows unasked: errors come back as exceptions.
+_LEVELS = {"WARNING": logging.INFO, "INFO": logging.DEBUG, "VERBOSE": logging.DEBUG - 5}
 
 # Told of the builder's phases: name of the phase, steps done, steps in all.
 Watch = Callable[[str, int, int], None]
@@ -36,16 +36,21 @@ def major_version(trt: Any) -> int:
 def make_logger(trt: Any) -> Any:
     """A logger for TensorRT that passes to Python's logging and keeps the latest errors in `errors`."""
 
+    verbose = getattr(trt.ILogger, "VERBOSE", None)
+    log_verbose = _LOG.isEnabledFor(_LEVELS["VERBOSE"])
+
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
+            if severity == verbose and not log_verbose:  # hundreds of thousands of them in a build
+                return
             level = str(severity).rsplit(".", 1)[-1]
-            if level in ("INTERNAL_ERROR", "ERROR"):
+            if level not in _LEVELS:
                 self.errors = [*self.errors[-19:], message]
-            _LOG.log(_PYTHON_LEVELS.get(level, logging.DEBUG), "%s", message)
+            _LOG.log(_LEVELS.get(level, logging.INFO), "%s", message)
 
         def explain(self) -> str:
             """The latest errors as one line, and forget them."""
