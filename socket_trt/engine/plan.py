@@ -35,7 +35,6 @@ def major_version(trt: Any) -> int:
 
 def make_logger(trt: Any) -> Any:
     """A logger for TensorRT that passes to Python's logging and keeps the latest errors in `errors`."""
-
     verbose = getattr(trt.ILogger, "VERBOSE", None)
     log_verbose = _LOG.isEnabledFor(_LEVELS["VERBOSE"])
 
@@ -159,7 +158,7 @@ def hold_types(trt: Any, network: Any, graph: NetworkGraph) -> None:
         output = layer.get_output(0)
         # Layers that the parser adds between those of the graph pass on what they get.
         kind = types.get(output.name) or types.get(layer.get_input(0).name if layer.num_inputs else "")
-        if layer.type in free or kind is None or output.is_shape_tensor or output.dtype == trt.DataType.INT32:
+        if layer.type in free or kind is None or output.dtype not in (trt.DataType.FLOAT, trt.DataType.HALF):
             continue
         types[output.name] = kind
         layer.precision = kind

@@ -36,16 +36,16 @@ class NetworkGraph:
 def network_graph(model: ir.Model, opset17: bool = False) -> NetworkGraph:
     """Prepare `model`, which is changed in place.  `opset17`: for a parser that knows no later one (TensorRT 8.6).
 
-    External initializers become inputs; a cast from the checkpoint's dtype behind one goes.  A weight that is only ever
-    the right operand of a matrix product, transposed, gets a leading axis of one, the rank of what it is multiplied
-    with: TensorRT then needs no reshape between them.
+    External initializers become inputs; a cast from the checkpoint's dtype behind one goes.  A weight that is, transposed,
+    the right operand of a matrix product gets a leading axis of one, the rank of what it is multiplied with: TensorRT
+    then needs no reshape between them.
     """
     model.functions.clear()
     if opset17 and model.graph.opset_imports[""] > 17:
         lower_to_opset17(model)
     _square_by_product(model.graph)
     weights = _weights_to_inputs(model.graph)
-    transposed = [name for weight in weights for name in _lead_with_one(weight)]
+    transposed = [name for weight in weights for name in _lead_with_one(model.graph, weight)]
     values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
     return NetworkGraph(
         model,
@@ -82,7 +82,7 @@ def _square_by_product(graph: ir.Graph) -> None:
         old, new = node.outputs[0], product.outputs[0]
         new.name, new.type, new.shape = old.name, old.type, old.shape
         graph.insert_after(node, product)
-        ir.convenience.replace_all_uses_with(old, new)
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         graph.remove(node, safe=True)
 
 
@@ -104,18 +104,36 @@ def _weights_to_inputs(graph: ir.Graph) -> list[ir.Value]:
     return weights
 
 
-def _lead_with_one(weight: ir.Value) -> list[str]:
-    """Names of the transposes behind `weight`, which now is [1, rows, columns]; none where it is used in another way."""
-    transposes = [user for user, _ in weight.uses()]
+def _lead_with_one(graph: ir.Graph, weight: ir.Value) -> list[str]:
+    """Names of the products' operands behind `weight`: the weight as [1, rows, columns], with the last two swapped."""
     if weight.shape is None or len(weight.shape) != 2:
         return []
+    users = [user for user, _ in weight.uses()]
+    transposes = [node for node in users if node.op_type == "Transpose" and _is_right_operand(node.outputs[0])]
+    if not transposes:
+        return []
+    wide = weight
+    if len(transposes) < len(users):  # a tied embedding is looked up in as well
+        wide = _unsqueeze(graph, weight)
+    wide.shape = ir.Shape([1, *weight.shape])
     for node in transposes:
-        products = node.outputs[0].uses() if node.op_type == "Transpose" else ()
-        if not products or any(user.op_type != "MatMul" or index != 1 for user, index in products):
-            return []
-    weight.shape = ir.Shape([1, *weight.shape])
-    for node in transposes:
+        node.replace_input_with(0, wide)
         node.attributes["perm"] = ir.AttrInt64s("perm", [0, 2, 1])
         shape = node.outputs[0].shape
         node.outputs[0].shape = ir.Shape([1, *shape]) if shape is not None else None
     return [str(node.outputs[0].name) for node in transposes]
+
+
+def _is_right_operand(value: ir.Value) -> bool:
+    return bool(value.uses()) and all(user.op_type == "MatMul" and index == 1 for user, index in value.uses())
+
+
+def _unsqueeze(graph: ir.Graph, weight: ir.Value) -> ir.Value:
+    """`weight` with a leading axis of one, in a node before all others."""
+    name = f"{weight.name}/wide"
+    axes = ir.Value(name=f"{name}/axes", const_value=ir.tensor([0], dtype=ir.DataType.INT64, name=f"{name}/axes"))
+    graph.register_initializer(axes)
+    node = ir.node("Unsqueeze", [weight, axes], name=name)
+    node.outputs[0].name, node.outputs[0].type = name, weight.type
+    graph.insert_before(graph[0], node)
+    return node.outputs[0]
