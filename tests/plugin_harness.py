@@ -87,6 +87,8 @@ def lean_directories(major: int | None = None) -> Iterator[Path]:
     """Where `make tensorrt-lean` put TensorRT's lean runtimes: $SOCKET_TRT_TENSORRT_LEAN or build/tensorrt-lean."""
     root = Path(os.environ.get("SOCKET_TRT_TENSORRT_LEAN", REPOSITORY / "build" / "tensorrt-lean"))
     for directory in sorted(root.glob("*/")):
+        if directory.suffix == ".part":  # of an installation that was interrupted
+            continue
         if (directory / "tensorrt_lean_libs").is_dir() and major in (None, int(directory.name.split(".")[0])):
             yield directory
 

@@ -110,7 +110,7 @@ class SubjectV2 : public Subject {
         for (Tensor& tensor : exact.tensors) tensor.largest = tensor.dims;
         configure(exact);
         const std::string log = take_log();
-        record_log(0, log.c_str());
+        if (!log.empty()) record_log(0, log.c_str());
         return log.empty();
     }
 
