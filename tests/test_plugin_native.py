@@ -142,8 +142,8 @@ def test_workspace_suffices_for_every_smaller_step(seed: int, tmp_path: Path) ->
     for step in steps:
         params = native.make_params(operator, 0, **step, **fixed, tables=config.tables, planes_per_table=config.planes)
         most = max(most, library.workspace_bytes(params))
-        assert most <= reserved, step
-    assert most == reserved, "more is reserved than any step needs"
+        assert most <= reserved - 255, step  # 255: the address may have to be aligned to 256
+    assert most == reserved - 255, "more is reserved than any step needs"
 
 
 def test_the_largest_batch_may_need_less_than_a_smaller_one() -> None:
