@@ -1,11 +1,12 @@
 """Each plugin library on a GPU: created, serialised, recreated and attached by the harness, one step against the reference.
 
-The harness is a program of its own, without PyTorch: tensors go through files.  `build/tensorrt-lean` needs no more of
-TensorRT's lean runtime than `<version>/tensorrt_lean_libs/libnvinfer_lean.so.<major>`.
+The harness is a program of its own, without PyTorch: tensors go through files.  Of TensorRT's lean runtime it needs no
+more than `build/tensorrt-lean/<version>/tensorrt_lean_libs/libnvinfer_lean.so.<major>`.
 """
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from socket_trt.names import OPERATOR_INPUTS
 from socket_trt.native import load_library, params_of
 from tests.gpu.checks import Call, check, slots_in
 from tests.gpu.test_attention import DECODE, MIXED, step_of
-from tests.plugin_harness import ALL_MAJORS, fields_of, harness, lean_runtime, write_case
+from tests.plugin_harness import ALL_MAJORS, fields_of, harness, runtime_library, write_case
 from tests.steps import Row, Step
 
 CASE = {"query_heads": 8, "kv_heads": 2, "head_size": 128, "tables": 60, "planes": 8, "page_size": 64}
@@ -77,11 +78,12 @@ def test_agrees_with_the_reference(major: int, mode: str, rows: list[Row], tmp_p
     assert ("whole caches are copied" in printed) == (mode == "separate")
 
 
-@pytest.mark.parametrize("major", [10, 11])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("major", "dtype"), [(8, torch.float16), *itertools.product((10, 11), (torch.float16, torch.bfloat16))], ids=str
+)
 def test_created_by_the_real_registry(major: int, dtype: torch.dtype, tmp_path: Path) -> None:
     """The plugin that TensorRT's own registry creates, with every option that the operator has."""
-    runtime = lean_runtime(major)
+    runtime = runtime_library(major)
     options = {"selection": "kv_head", "softcap": 5.0, "sliding_window": 700, "min_length": 100, "planes": 10}
     step = step_of(CASE | options | {"rows": MIXED, "dtype": dtype}, seed=4)
     call, printed = run_step(major, step, tmp_path, "--tensorrt", runtime)
