@@ -87,15 +87,23 @@ def lean_directories(major: int | None = None) -> Iterator[Path]:
     """Where `make tensorrt-lean` put TensorRT's lean runtimes: $SOCKET_TRT_TENSORRT_LEAN or build/tensorrt-lean."""
     root = Path(os.environ.get("SOCKET_TRT_TENSORRT_LEAN", REPOSITORY / "build" / "tensorrt-lean"))
     for directory in sorted(root.glob("*/")):
+        if directory.suffix == ".part":  # of an installation that was interrupted
+            continue
         if (directory / "tensorrt_lean_libs").is_dir() and major in (None, int(directory.name.split(".")[0])):
             yield directory
 
 
-def lean_runtime(major: int) -> Path:
-    """The library of the newest lean runtime of a major; skips the test where there is none."""
+def runtime_library(major: int) -> Path:
+    """A runtime library of TensorRT whose registry shall load the plugin; skips the test where there is none.
+
+    $SOCKET_TRT_TEST_RUNTIME_<major> names one (`libnvinfer.so.<major>`), else a lean runtime is taken.
+    """
+    variable = f"SOCKET_TRT_TEST_RUNTIME_{major}"
+    if variable in os.environ:
+        return Path(os.environ[variable])
     found = [lib for d in lean_directories(major) for lib in d.glob("tensorrt_lean_libs/libnvinfer_lean.so.*")]
     if not found:
-        pytest.skip(f"no lean runtime of TensorRT {major} in build/tensorrt-lean (make tensorrt-lean)")
+        pytest.skip(f"no runtime of TensorRT {major}: neither {variable} nor build/tensorrt-lean (make tensorrt-lean)")
     return found[-1]
 
 

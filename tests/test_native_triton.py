@@ -64,8 +64,8 @@ for softcap, window in ((0.0, -1), (2.0, -1), (0.0, 20)):
     chosen = torch.stack([torch.randperm(30)[:13] for _ in range(HQ)])
     slots = torch.zeros(3, HQ, 64, dtype=torch.int32)
     slots[1, :, :13] = page_table[1, chosen // SIZE] * SIZE + chosen % SIZE
-    counts = torch.zeros(3, HQ, 4, dtype=torch.int32)
-    counts[1, :, 0] = 13
+    counts = torch.zeros(3, HQ, dtype=torch.int32)
+    counts[1] = 13
     for sparse, sets in ((False, HKV), (True, HQ)):
         parts = torch.full((3, HQ, 3, D), float("nan"))
         stats = torch.full((3, HQ, 3, 2), float("nan"))

@@ -102,6 +102,34 @@ def test_the_library_itself_refuses_another_tensorrt(directory: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("order", ["TensorRT first", "TensorRT later"])
+@pytest.mark.parametrize("directory", LEAN, ids=lambda d: d.name)
+def test_opening_the_autoload_library_registers_the_plugin(directory: Path, order: str) -> None:
+    """As Polygraphy opens plugin libraries: with ctypes, and before it imports TensorRT."""
+    plugin_library(int(directory.name.split(".")[0]))
+    lines = ["import ctypes, sys", "import tensorrt_lean_bindings as trt", "ctypes.CDLL(sys.argv[1])"]
+    if order == "TensorRT later":
+        lines[1:] = reversed(lines[1:])
+    lines.append("print(trt.get_plugin_registry().get_creator('SocketAttention', '1', 'socket').plugin_namespace)")
+    libraries = {"LD_LIBRARY_PATH": str(directory / "tensorrt_lean_libs")} if order == "TensorRT later" else {}
+    result = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines), str(plugin.find_autoload(directory.name))],
+        env=os.environ | {"PYTHONPATH": str(directory)} | libraries,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout.strip() == "socket", result.stderr
+    assert result.stderr == ""
+
+
+def test_the_autoload_library_says_that_there_is_no_tensorrt() -> None:
+    plugin_library(11)
+    code = f"import ctypes; ctypes.CDLL({str(plugin.find_autoload('11.0'))!r})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "TensorRT 11 is neither loaded nor on LD_LIBRARY_PATH (libnvinfer.so.11)" in result.stderr
+
+
 class FakeRegistry:
     """A registry with the functions of TensorRT 8.6's or of 10's, which loads what it is told it loads."""
 
@@ -185,6 +213,8 @@ def test_finds_what_the_variable_names(monkeypatch: pytest.MonkeyPatch, tmp_path
     library = tmp_path / plugin.library_name(10)
     library.touch()
     assert plugin.find_plugin("10.16.1") == library
+    with pytest.raises(MissingDependencyError, match=r"libsocket_trt_autoload_10\.so does not lie beside"):
+        plugin.find_autoload("10.16.1")
     monkeypatch.setenv(plugin.PLUGIN_VARIABLE, str(library))
     assert plugin.find_plugin("10.0.0") == library
 

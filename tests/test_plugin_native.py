@@ -15,8 +15,8 @@ from tests.plugin_harness import (
     attributes,
     fields_of,
     harness,
-    lean_runtime,
     plugin_library,
+    runtime_library,
     shapes_of,
     write_case,
 )
@@ -29,17 +29,26 @@ def without(name: str) -> Fields:
     return {key: value for key, value in fields_of(attributes()).items() if key != name}
 
 
-@pytest.mark.parametrize(("major", "dtype"), [(8, "float16"), (10, "float16"), (11, "float16"), (11, "bfloat16")])
-def test_life_cycle(major: int, dtype: str, tmp_path: Path) -> None:
-    """Creator, clone, types, shapes, formats, configuration, workspace, serialisation (truncated, foreign, of another
-    format and release), recreation, attaching, refused execution; 10 and 11 through TensorRT's own registry.
-    """
-    case = write_case(tmp_path / "case", fields_of(attributes()), STEP, LARGEST, dtype)
-    registry = () if major == 8 else ("--tensorrt", lean_runtime(major))
+def walk(major: int, dtype: str, directory: Path, *registry: object) -> str:
+    case = write_case(directory / "case", fields_of(attributes()), STEP, LARGEST, dtype)
     result = harness(major, "walk", case, *registry)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "life cycle complete" in result.stdout
-    assert ("the registry loads the library" in result.stdout) == (major != 8)
+    return result.stdout
+
+
+@pytest.mark.parametrize(("major", "dtype"), [(8, "float16"), (10, "float16"), (11, "float16"), (11, "bfloat16")])
+def test_life_cycle(major: int, dtype: str, tmp_path: Path) -> None:
+    """Creator, clone, types, shapes, formats, configuration, workspace, serialisation (truncated, foreign, of another
+    format and release), recreation, attaching, refused execution.
+    """
+    walk(major, dtype, tmp_path)
+
+
+@ALL_MAJORS
+def test_life_cycle_of_a_plugin_from_the_real_registry(major: int, tmp_path: Path) -> None:
+    printed = walk(major, "float16", tmp_path, "--tensorrt", runtime_library(major))
+    assert "the registry loads the library" in printed
 
 
 @ALL_MAJORS
@@ -142,8 +151,8 @@ def test_workspace_suffices_for_every_smaller_step(seed: int, tmp_path: Path) ->
     for step in steps:
         params = native.make_params(operator, 0, **step, **fixed, tables=config.tables, planes_per_table=config.planes)
         most = max(most, library.workspace_bytes(params))
-        assert most <= reserved, step
-    assert most == reserved, "more is reserved than any step needs"
+        assert most <= reserved - 255, step  # 255: the address may have to be aligned to 256
+    assert most == reserved - 255, "more is reserved than any step needs"
 
 
 def test_the_largest_batch_may_need_less_than_a_smaller_one() -> None:

@@ -63,7 +63,7 @@ struct Candidates {
     }
     __device__ __forceinline__ int count() const { return max(0, last - first); }
     // First position whose key the scoring kernel writes: whole units, so that 16-byte pieces stay inside pages.
-    __device__ __forceinline__ int begin() const { return visible / kScoreUnit * kScoreUnit; }
+    __device__ __forceinline__ int begin() const { return first / kScoreUnit * kScoreUnit; }
 };
 
 // M = max(budget_tokens, ceil(length * budget_permille / 1000)).

@@ -1,275 +1,349 @@
-// From score keys to the list of cache slots that each selecting head of a sparse item attends to.
+// From scores to the list of cache slots that each selecting head of a sparse item attends to: exactly the budget, in
+// order of position, of equal scores those at lower positions.
 //
-// A histogram of a sample of the keys gives two thresholds around the M-th best.  Every block reads its share: keys
-// above the upper threshold are listed, keys between the two are collected with their positions.  The block that
-// finishes last for a head picks the best of the collected ones: higher key, then lower position.  Counts are exact:
-// should the thresholds, which come from a sample, not enclose the M-th key, the last block goes through all keys.
+// A cluster of blocks shares the tokens of one head.  Each block counts its keys in a histogram with a bin for every key;
+// a look at all blocks' histograms, at sums of 128 bins and then at 128 bins, finds the key that the budget ends in, and
+// how much of the list comes before a block's own part.  Then every block lists its part.  Counting in shared memory is
+// slow, so that only keys above a bound are counted, which a sample of the row gives; should it have misled, the others
+// are counted too.  Where there are no clusters (before compute capability 9.0) one block has a head for itself.
 #include "device.cuh"
 #include "launchers.h"
 
 namespace socket_trt {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kKeysPerThread = kSelectTokens / kThreads;
-constexpr uint32_t kFixedKey = 65535;
-constexpr int kCounters = 2048;
-constexpr int kMaxTies = 1024;
+constexpr int kThreads = 512;
+constexpr int kBins = 16384;  // a key is the upper 14 of a positive float16's 15 bits
+constexpr int kCoarse = 128, kFine = kBins / kCoarse;
+constexpr int kOwnBins = kBins / kThreads;
+constexpr int kVectors = 4;         // of eight keys, that a thread looks at in one go
+constexpr int kSamples = 2048;
+constexpr int kMaxBlocks = 8;       // a cluster that any GPU with clusters can run
+constexpr int kLeastTokens = 2048;  // of a block
+
+// Where the budget ends, as one warp finds it.
+struct Found {
+    uint32_t bin;
+    uint32_t above;         // keys in higher bins
+    uint32_t above_before;  // of them, those of the blocks before this one
+    uint32_t ties_before;   // those blocks' keys in the bin itself
+};
 
 struct Shared {
-    int page[kSelectTokens / 16];
+    uint32_t coarse[kCoarse];
     uint32_t scan[33];
-    uint32_t listed, collected;
-    uint32_t last;
-    uint32_t counter[kCounters];
-    uint32_t tie[kMaxTies];
-    uint32_t ties, found, above;
-    uint32_t sure_bin, least_bin;
+    uint32_t bound, enclosed, threshold;
+    Found found;
 };
 
-struct Head {
-    const uint16_t* keys;
-    SelectionState* state;
-    uint64_t* collected;
-    int32_t* slots;
-};
+// No block may look at another's shared memory before all have written it, nor leave while another may still look.
+__device__ __forceinline__ void arrive_at_cluster() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_cluster() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#else
+    __syncthreads();
+#endif
+}
 
-// From the histogram of every `rate`-th key: keys in bins above shared.sure_bin are fewer than the budget, keys in bins
-// from shared.least_bin on are more, each but for a chance of five standard deviations.
-__device__ void find_thresholds(const uint32_t* histogram, int rate, uint32_t budget, Shared& shared) {
-    const float margin = 8.f + 5.f * sqrtf(static_cast<float>(budget) * (rate - 1));
-    const float fewest = (budget - margin) / rate, most = (budget + margin) / rate;
-    constexpr int kOwn = kHistogramBins / kThreads;
-    static_assert(kOwn == 8, "two vectors of four bins");
-    const int top = kHistogramBins - 1 - static_cast<int>(threadIdx.x) * kOwn;
-    const uint4* from = reinterpret_cast<const uint4*>(histogram + top + 1 - kOwn);
-    const uint4 lower = __ldcg(from), upper = __ldcg(from + 1);
-    const uint32_t count[kOwn] = {upper.w, upper.z, upper.y, upper.x, lower.w, lower.z, lower.y, lower.x};
-    uint32_t sum = 0;
+// Four words of another block's shared memory, at the place where they are in this block's.
+__device__ __forceinline__ uint4 load_of_block(const uint4* words, int block) {
+#if __CUDA_ARCH__ >= 900
+    uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(words));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(address), "r"(block));
+    uint4 x;
+    asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(address));
+    return x;
+#else
+    return *words;
+#endif
+}
+
+__device__ __forceinline__ uint32_t inclusive_warp_sum(uint32_t value) {
 #pragma unroll
-    for (int i = 0; i < kOwn; i++) sum += count[i];
-    if (threadIdx.x == 0) shared.sure_bin = shared.least_bin = 0;  // the scan's barriers lie between
-    uint32_t total, before = exclusive_scan(sum, shared.scan, total);
+    for (int step = 1; step < 32; step *= 2) {
+        const uint32_t below = __shfl_up_sync(~0u, value, step);
+        if ((threadIdx.x & 31) >= step) value += below;
+    }
+    return value;
+}
+
+// One warp's search in 128 counters of all blocks, from the highest on, for that in which the `wanted`-th key lies; false
+// where all of them are fewer.
+__device__ bool find_bin(const uint32_t* counters, int blocks, int block, uint32_t wanted, Found& found) {
+    static_assert(kCoarse == 128 && kFine == 128, "four counters a lane");
+    const int lane = threadIdx.x & 31;
+    uint32_t all[4] = {}, before[4] = {};  // the highest first
+#pragma unroll 8
+    for (int other = 0; other < blocks; other++) {
+        const uint4 x = load_of_block(reinterpret_cast<const uint4*>(counters) + 31 - lane, other);
+        const uint32_t own[4] = {x.w, x.z, x.y, x.x};
 #pragma unroll
-    for (int i = 0; i < kOwn; i++) {
-        const uint32_t until = before + count[i];
-        if (until > fewest && (before <= fewest || top - i == kHistogramBins - 1)) shared.sure_bin = top - i;
-        if (until >= most && before < most) shared.least_bin = top - i;
-        before = until;
-    }
-    __syncthreads();
-}
-
-// Append to the list at `place`, if the list has room for it.
-__device__ __forceinline__ void list(const Arguments& a, const Head& head, uint32_t place, int page, int position) {
-    const int slot = (page << a.page_shift) + (position & (a.p.page_size - 1));
-    if (place < static_cast<uint32_t>(a.list_stride)) head.slots[place] = slot;
-}
-
-// The highest counter whose sum with all above it reaches `wanted`: shared.found; the sum above it: shared.above.
-__device__ void find_counter(Shared& shared, uint32_t wanted) {
-    constexpr int kOwn = kCounters / kThreads;
-    const int top = kCounters - 1 - static_cast<int>(threadIdx.x) * kOwn;
-    uint32_t sum = 0;
-    for (int i = 0; i < kOwn; i++) sum += shared.counter[top - i];
-    uint32_t total, before = exclusive_scan(sum, shared.scan, total);
-    if (before < wanted && before + sum >= wanted) {
-        int i = 0;
-        while (before + shared.counter[top - i] < wanted) before += shared.counter[top - i++];
-        shared.found = top - i;
-        shared.above = before;
-    }
-    __syncthreads();
-}
-
-// List the best `wanted` of the collected tokens; false, with nothing listed, where they cannot be told apart here.
-__device__ bool pick_collected(const Arguments& a, const Item& item, const Head& head, Shared& shared, uint32_t wanted,
-                               uint32_t collected, uint32_t lowest_key, uint32_t span, uint32_t listed) {
-    if (collected > kCollectCapacity || span > kCounters) return false;
-    for (int i = threadIdx.x; i < kCounters; i += kThreads) shared.counter[i] = 0;
-    if (threadIdx.x == 0) shared.ties = 0, shared.listed = listed;
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; i < collected; i += kThreads) {
-        atomicAdd(&shared.counter[static_cast<uint32_t>(__ldcg(head.collected + i) >> 32) - lowest_key], 1u);
-    }
-    __syncthreads();
-    find_counter(shared, wanted);
-    const uint32_t key = lowest_key + shared.found, ties = shared.counter[shared.found];
-    if (ties > kMaxTies) return false;
-    for (uint32_t i = threadIdx.x; i < collected; i += kThreads) {
-        const uint64_t word = __ldcg(head.collected + i);
-        const uint32_t own_key = word >> 32;
-        if (own_key > key) {
-            const int position = ~static_cast<uint32_t>(word);
-            list(a, head, atomicAdd(&shared.listed, 1u), read_page(a, item.row, position), position);
-        } else if (own_key == key) {
-            shared.tie[atomicAdd(&shared.ties, 1u)] = static_cast<uint32_t>(word);
+        for (int i = 0; i < 4; i++) {
+            all[i] += own[i];
+            before[i] += other < block ? own[i] : 0;
         }
     }
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; i < ties; i += kThreads) {
-        const uint32_t word = shared.tie[i];  // negated position: the greater the better
-        uint32_t better = 0;
-        for (uint32_t j = 0; j < ties; j++) better += shared.tie[j] > word;
-        if (better < wanted - shared.above) {
-            list(a, head, atomicAdd(&shared.listed, 1u), read_page(a, item.row, ~word), ~word);
+    const uint32_t sum = all[0] + all[1] + all[2] + all[3];
+    const uint32_t sum_before = before[0] + before[1] + before[2] + before[3];
+    Found mine{0, inclusive_warp_sum(sum) - sum, inclusive_warp_sum(sum_before) - sum_before, 0};
+    const uint32_t reached = __ballot_sync(~0u, mine.above + sum >= wanted);
+    if (reached == 0) return false;
+    bool searching = true;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        searching = searching && mine.above + all[i] < wanted;
+        if (searching) {
+            mine.above += all[i];
+            mine.above_before += before[i];
+        }
+        if (searching || i == 0) {  // this bin, or the next
+            mine.bin = 127 - lane * 4 - i - (searching ? 1 : 0);
         }
     }
+    const int at = 3 - (mine.bin & 3);
+    mine.ties_before = at == 0 ? before[0] : at == 1 ? before[1] : at == 2 ? before[2] : before[3];
+    const int owner = __ffs(reached) - 1;
+    found.bin = __shfl_sync(~0u, mine.bin, owner);
+    found.above = __shfl_sync(~0u, mine.above, owner);
+    found.above_before = __shfl_sync(~0u, mine.above_before, owner);
+    found.ties_before = __shfl_sync(~0u, mine.ties_before, owner);
     return true;
 }
 
-// The whole list from the keys themselves, in order of position: where nearly all scores tie, or a sample misled.
-__device__ uint32_t list_by_scanning(const Arguments& a, const Item& item, const Head& head, Shared& shared,
-                                     uint32_t budget, int begin) {
-    // The M-th key: its upper 11 bits, then its lower ones.
-    uint32_t threshold = 0, above = 0;
-    for (int level = 0; level < 2; level++) {
-        for (int i = threadIdx.x; i < kCounters; i += kThreads) shared.counter[i] = 0;
-        __syncthreads();
-        for (int p = begin + threadIdx.x; p < item.length; p += kThreads) {
-            const uint32_t key = __ldcg(head.keys + p);
-            if (key == 0 || key == kFixedKey) continue;
-            if (level == 0) atomicAdd(&shared.counter[key >> kFineBits], 1u);
-            if (level == 1 && key >> kFineBits == threshold)
-                atomicAdd(&shared.counter[key & ((1 << kFineBits) - 1)], 1u);
-        }
-        __syncthreads();
-        find_counter(shared, budget - above);
-        above += shared.above;
-        threshold = (level == 0 ? 0 : threshold << kFineBits) + shared.found;
-        __syncthreads();
-    }
-    uint32_t ties_left = budget - above, listed = 0;
-    for (int base = begin; base < item.length; base += kThreads) {
-        const int p = base + threadIdx.x;
-        const uint32_t key = p < item.length ? __ldcg(head.keys + p) : 0;
-        const bool tie = key == threshold;
-        uint32_t total;
-        const uint32_t rank = exclusive_scan(tie, shared.scan, total);
-        const bool chosen = key > threshold || (tie && rank < ties_left);
-        ties_left -= min(total, ties_left);
-        const uint32_t place = exclusive_scan(chosen, shared.scan, total);
-        if (chosen) list(a, head, listed + place, read_page(a, item.row, p), p);
-        listed += total;
-    }
-    return listed;
+__device__ __forceinline__ uint32_t bin_of(uint32_t key) {
+    return key >> 1 & (kBins - 1);
 }
 
-// The thread's keys of one round: eight at a time.
-struct Keys {
-    static constexpr int kVectors = kKeysPerThread / 8;
-    uint4 raw[kVectors];
+// Bits of eight keys, those in bins [least, most).
+__device__ __forceinline__ uint32_t keys_between(const uint4& keys, uint32_t least, uint32_t most) {
+    const uint32_t word[4] = {keys.x, keys.y, keys.z, keys.w};
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const uint32_t bin = (i & 1 ? word[i / 2] >> 17 : word[i / 2] >> 1) & (kBins - 1);
+        if (bin - least < most - least) bits |= 1u << i;
+    }
+    return bits;
+}
 
-    static __device__ __forceinline__ int offset(int bit) {
-        return ((bit >> 3) * kThreads + static_cast<int>(threadIdx.x)) * 8 + (bit & 7);
+// Sum of a thread's 32 counters, turned against bank conflicts.
+__device__ __forceinline__ uint32_t own_counters(const uint32_t* count, int own) {
+    const uint4* from = reinterpret_cast<const uint4*>(count + own * kOwnBins);
+    uint32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < kOwnBins / 4; i++) {
+        const uint4 x = from[(i + threadIdx.x) & (kOwnBins / 4 - 1)];
+        sum += x.x + x.y + x.z + x.w;
     }
-    __device__ __forceinline__ void load(const Head& head, int first, int length) {
+    return sum;
+}
+
+// A bin that very likely holds, with all above it, at least the budget of a row's keys, and not many more.  `count` is
+// zero before and after.  All threads must call it.
+__device__ uint32_t sample_bound(const uint16_t* keys, int first, uint32_t among, uint32_t budget, uint32_t* count,
+                                 Shared& shared) {
+    constexpr int kOwn = kSamples / kThreads;
+    uint32_t bin[kOwn];
 #pragma unroll
-        for (int v = 0; v < kVectors; v++) {
-            const int p = first + offset(v * 8);
-            raw[v] = p < length ? __ldcg(reinterpret_cast<const uint4*>(head.keys + p)) : make_uint4(0, 0, 0, 0);
-        }
+    for (int i = 0; i < kOwn; i++) {
+        const uint32_t sample = threadIdx.x * kOwn + i;
+        bin[i] = bin_of(__ldg(keys + first + static_cast<uint32_t>(static_cast<uint64_t>(sample) * among / kSamples)));
     }
-    // A bit for each key of at least `least`.
-    __device__ __forceinline__ uint32_t at_least(uint32_t least) const {
-        static_assert(kKeysPerThread <= 32, "a bit a key");
-        uint32_t bits = 0;
 #pragma unroll
-        for (int v = 0; v < kVectors; v++) {
-            const uint32_t words[4] = {raw[v].x, raw[v].y, raw[v].z, raw[v].w};
+    for (int i = 0; i < kOwn; i++) atomicAdd(&count[bin[i]], 1u);
+    // Five standard deviations more than the budget's share of the sample.
+    const float share = static_cast<float>(budget) / among * kSamples;
+    const uint32_t wanted = static_cast<uint32_t>(share + 5.f * sqrtf(share)) + 8;
+    if (threadIdx.x == 0) shared.bound = 0;
+    __syncthreads();
+    const int own = kThreads - 1 - static_cast<int>(threadIdx.x);
+    const uint32_t sum = own_counters(count, own);
+    uint32_t total, above = exclusive_scan(sum, shared.scan, total);
+    if (above < wanted && above + sum >= wanted) {
+        int last = (own + 1) * kOwnBins;
+        while (above < wanted) above += count[--last];
+        shared.bound = last;
+    }
+    __syncthreads();
 #pragma unroll
-            for (int i = 0; i < 8; i++) {
-                const uint32_t key = i & 1 ? words[i / 2] >> 16 : words[i / 2] & 0xffff;
-                bits |= static_cast<uint32_t>(key >= least) << (v * 8 + i);
-            }
-        }
-        return bits;
+    for (int i = 0; i < kOwn; i++) count[bin[i]] = 0;
+    const uint32_t bound = shared.bound;
+    __syncthreads();
+    return bound;
+}
+
+struct List {
+    const Arguments& a;
+    int row;
+    int32_t* slots;
+
+    __device__ __forceinline__ void put(uint32_t place, int position) const {
+        const int slot = (read_page(a, row, position) << a.page_shift) + (position & (a.p.page_size - 1));
+        if (place < static_cast<uint32_t>(a.list_stride)) slots[place] = slot;
+    }
+    // This block's part of the positions [first, last), from `place` on.
+    __device__ void put_all(uint32_t place, int first, int last, int blocks, int block) const {
+        for (int p = first + block * kThreads + threadIdx.x; p < last; p += blocks * kThreads) put(place + p - first, p);
     }
 };
 
-__global__ __launch_bounds__(kThreads,
-                             kSelectBlocksPerMultiprocessor) void select_kernel(const __grid_constant__ Arguments a) {
-    __shared__ Shared shared;
+__global__ __launch_bounds__(kThreads, 2) void select_kernel(const __grid_constant__ Arguments a) {
+    extern __shared__ __align__(16) uint32_t count[];  // [kBins]
+    __shared__ __align__(16) Shared shared;
+    const int blocks = gridDim.x, block = blockIdx.x;
     const Item item = a.item[blockIdx.z];
     if (item.mode != kItemSparse) return;
     const Candidates candidates(a, item.length);
-    const int begin = candidates.begin(), block_tokens = a.select_rounds * kSelectTokens;
-    const int blocks = (item.length - begin + block_tokens - 1) / block_tokens;
-    if (static_cast<int>(blockIdx.x) >= blocks) return;
-    int first = begin + blockIdx.x * block_tokens;
-    const int last = min(item.length, first + block_tokens);
+    const int first = min(candidates.first, item.length), last = max(candidates.last, first);
+    const uint32_t budget = attended_budget(a, item.length), among = last - first;
     const int64_t index = static_cast<int64_t>(blockIdx.z) * a.select_heads + blockIdx.y;
-    const Head head{a.score_key + index * a.key_stride, a.selection + index, a.collected + index * kCollectCapacity,
-                    a.slot + index * a.list_stride};
-    Keys keys;
-    keys.load(head, first, last);
-
-    // Keys of at least `sure` are listed, others of at least `least` collected.  A key of 0 is no token.
-    const uint32_t budget = attended_budget(a, item.length), among = candidates.count();
-    const bool all = among <= budget;
-    uint32_t sure = 1, least = 1;
-    if (!all && budget == 0) {
-        sure = least = kFixedKey;
-    } else if (!all) {
-        find_thresholds(a.histogram + index * kHistogramBins, 4 / a.code_bytes, budget, shared);
-        sure = min((shared.sure_bin + 1) << kFineBits, kFixedKey);
-        least = max(1u, shared.least_bin << kFineBits);
+    const List list{a, item.row, a.slot + index * a.list_stride};
+    if (among <= budget) {
+        list.put_all(0, candidates.visible, item.length, blocks, block);
+        if (block == 0 && threadIdx.x == 0) a.listed[index] = min(item.length - candidates.visible, a.list_stride);
+        return;
     }
-    for (; first < last; first += kSelectTokens) {
-        const uint32_t listing = keys.at_least(sure), collecting = keys.at_least(least) & ~listing;
-        const int round = first;
-        if (first + kSelectTokens < last)
-            keys.load(head, first + kSelectTokens, last);  // in flight until the next round
-        for (int i = threadIdx.x; i < kSelectTokens >> a.page_shift; i += kThreads) {
-            shared.page[i] = read_page(a, item.row, round + (i << a.page_shift));
+    const uint32_t fixed_before = first - candidates.visible, fixed = fixed_before + item.length - last;
+    if (block == 0 && threadIdx.x == 0) a.listed[index] = min(fixed + budget, static_cast<uint32_t>(a.list_stride));
+    if (budget == 0) {
+        list.put_all(0, candidates.visible, first, blocks, block);
+        list.put_all(fixed_before, last, item.length, blocks, block);
+        return;
+    }
+
+    // This block's keys: vectors [begin, end) of eight.
+    const uint16_t* row = a.score_key + index * a.key_stride;
+    const uint4* vectors = reinterpret_cast<const uint4*>(row);
+    const int first_vector = first / 8, last_vector = (last + 7) / 8;
+    const int share = (last_vector - first_vector + blocks - 1) / blocks;
+    const int begin = min(last_vector, first_vector + block * share), end = min(last_vector, begin + share);
+    // Bits of a vector whose keys are candidates: all, but in the first and the last one.
+    const auto candidate_bits = [&](int vector) {
+        uint32_t bits = 0xff;
+        if (vector * 8 < first) bits &= 0xff << (first - vector * 8);
+        if (vector * 8 + 8 > last) bits &= 0xff >> (vector * 8 + 8 - last);
+        return bits;
+    };
+    for (int i = threadIdx.x; i < kBins / 4; i += kThreads) {
+        reinterpret_cast<uint4*>(count)[i] = make_uint4(0, 0, 0, 0);
+    }
+    __syncthreads();
+    uint32_t least = 0, most = kBins;
+    if (share * 8 > kSamples) least = sample_bound(row, first, among, budget, count, shared);
+
+    while (true) {
+        for (int base = begin; base < end; base += kVectors * kThreads) {
+            uint4 keys[kVectors];
+#pragma unroll
+            for (int v = 0; v < kVectors; v++) {
+                const int at = base + v * kThreads + threadIdx.x;
+                keys[v] = at < end ? __ldg(vectors + at) : make_uint4(0, 0, 0, 0);
+            }
+#pragma unroll
+            for (int v = 0; v < kVectors; v++) {
+                const int at = base + v * kThreads + threadIdx.x;
+                if (at >= end) continue;
+                uint32_t bits = keys_between(keys[v], least, most) & candidate_bits(at);
+                for (; bits; bits &= bits - 1) {
+                    const int i = __ffs(bits) - 1;
+                    const uint32_t low = i & 2 ? keys[v].y : keys[v].x, high = i & 2 ? keys[v].w : keys[v].z;
+                    const uint32_t word = i & 4 ? high : low;
+                    atomicAdd(&count[bin_of(i & 1 ? word >> 16 : word)], 1u);
+                }
+            }
+        }
+        __syncthreads();
+        {
+            static_assert(kThreads == 4 * kCoarse, "four threads a sum");
+            uint32_t sum = own_counters(count, threadIdx.x);
+            sum += __shfl_xor_sync(~0u, sum, 1);
+            sum += __shfl_xor_sync(~0u, sum, 2);
+            if ((threadIdx.x & 3) == 0) shared.coarse[threadIdx.x >> 2] = sum;
+        }
+        __syncthreads();
+        arrive_at_cluster();
+        wait_for_cluster();
+        if (threadIdx.x < 32) {
+            Found coarse, fine;
+            const bool enclosed = find_bin(shared.coarse, blocks, block, budget, coarse);
+            if (enclosed) {
+                find_bin(count + coarse.bin * kFine, blocks, block, budget - coarse.above, fine);
+                if (threadIdx.x == 0) {
+                    shared.found = Found{coarse.bin * kFine + fine.bin, coarse.above + fine.above,
+                                         coarse.above_before + fine.above_before, fine.ties_before};
+                }
+            }
+            if (threadIdx.x == 0) shared.enclosed = enclosed;
+        }
+        __syncthreads();
+        arrive_at_cluster();
+        if (shared.enclosed) break;
+        wait_for_cluster();
+        most = least;  // the sample misled: count all others too
+        least = 0;
+    }
+
+    const Found found = shared.found;
+    const uint32_t ties = budget - found.above, ties_before = min(found.ties_before, ties), own_ties = ties - ties_before;
+    const uint32_t start = fixed_before + found.above_before + ties_before;
+    list.put_all(0, candidates.visible, first, blocks, block);
+    list.put_all(fixed_before + budget, last, item.length, blocks, block);
+    uint32_t listed_above = 0, seen_ties = 0;
+    for (int base = begin; base < end; base += kVectors * kThreads) {
+        const int own = base + threadIdx.x * kVectors;
+        uint4 keys[kVectors];
+#pragma unroll
+        for (int v = 0; v < kVectors; v++) keys[v] = own + v < end ? __ldg(vectors + own + v) : make_uint4(0, 0, 0, 0);
+        uint32_t above = 0, tied = 0;  // a bit for each key
+#pragma unroll
+        for (int v = 0; v < kVectors; v++) {
+            if (own + v >= end) continue;
+            const uint32_t wanted = candidate_bits(own + v);
+            above |= (keys_between(keys[v], found.bin + 1, kBins) & wanted) << (v * 8);
+            tied |= (keys_between(keys[v], found.bin, found.bin + 1) & wanted) << (v * 8);
         }
         uint32_t total;
-        const uint32_t before = exclusive_scan(__popc(listing) | __popc(collecting) << 16, shared.scan, total);
-        if (threadIdx.x == 0 && (total & 0xffff)) shared.listed = atomicAdd(&head.state->listed, total & 0xffff);
-        if (threadIdx.x == 32 && total >> 16) shared.collected = atomicAdd(&head.state->collected, total >> 16);
-        __syncthreads();
-        uint32_t list_place = shared.listed + (before & 0xffff), collect_place = shared.collected + (before >> 16);
-        for (uint32_t bits = listing; bits; bits &= bits - 1) {
-            const int offset = Keys::offset(__ffs(bits) - 1);
-            list(a, head, list_place++, shared.page[offset >> a.page_shift], round + offset);
+        const uint32_t before = exclusive_scan(__popc(above) | __popc(tied) << 16, shared.scan, total);
+        uint32_t rank = seen_ties + (before >> 16);
+        uint32_t place = start + listed_above + (before & 0xffff) + min(rank, own_ties);
+        for (uint32_t bits = above | tied; bits; bits &= bits - 1) {
+            const int bit = __ffs(bits) - 1;
+            if (tied >> bit & 1 && rank++ >= own_ties) continue;
+            list.put(place++, own * 8 + bit);
         }
-        for (uint32_t bits = collecting; bits; bits &= bits - 1) {
-            const uint32_t p = round + Keys::offset(__ffs(bits) - 1);
-            if (collect_place < kCollectCapacity) {
-                head.collected[collect_place] = static_cast<uint64_t>(__ldcg(head.keys + p)) << 32 | ~p;
-            }
-            collect_place++;
-        }
-        __syncthreads();  // pages and places are overwritten in the next round
+        listed_above += total & 0xffff;
+        seen_ties += total >> 16;
     }
-    // The last block of this head completes the list.
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) shared.last = atomicAdd(&head.state->finished, 1u) == static_cast<uint32_t>(blocks - 1);
-    __syncthreads();
-    if (!shared.last) return;
-    __threadfence();
-    const uint32_t listed = __ldcg(&head.state->listed), collected = __ldcg(&head.state->collected);
-    const uint32_t fixed = item.length - candidates.visible - among;
-    uint32_t finished = listed;
-    if (!all && budget > 0) {
-        finished = fixed + budget;
-        const bool enclosed = listed <= finished && listed + collected >= finished;
-        const uint32_t wanted = finished - listed;
-        if (!enclosed ||
-            (wanted > 0 && !pick_collected(a, item, head, shared, wanted, collected, least, sure - least, listed))) {
-            finished = list_by_scanning(a, item, head, shared, budget, begin);
-        }
-    }
-    if (threadIdx.x == 0) head.state->total = min(finished, static_cast<uint32_t>(a.list_stride));
+    wait_for_cluster();
 }
 
 }  // namespace
 
+int plan_select(const Arguments& a, const Device& device) {
+    int blocks = 1;
+    if (device.architecture < 90) return blocks;
+    const int64_t heads = static_cast<int64_t>(a.items) * a.select_heads;
+    while (blocks < kMaxBlocks && heads * blocks * 2 <= 2 * device.multiprocessors &&
+           a.max_length / (blocks * 2) >= kLeastTokens) {
+        blocks *= 2;
+    }
+    return blocks;
+}
+
 cudaError_t launch_select(const Arguments& a, cudaStream_t stream) {
-    const int block_tokens = a.select_rounds * kSelectTokens;
-    const int blocks = (a.max_length + block_tokens - 1) / block_tokens;
-    const Launch launch(dim3(blocks, a.select_heads, a.items), dim3(kThreads), 0, stream);
+    constexpr int kSharedBytes = kBins * sizeof(uint32_t);
+    const cudaError_t status =
+        cudaFuncSetAttribute(select_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    if (status != cudaSuccess) return status;
+    Launch launch(dim3(a.select_blocks, a.select_heads, a.items), dim3(kThreads), kSharedBytes, stream);
+    if (a.select_blocks > 1) launch.cluster(a.select_blocks);
     return launch(select_kernel, a);
 }
 

@@ -171,7 +171,7 @@ class Arena {
 
 struct Plan {
     Arguments arguments;
-    ScorePlan score;
+    ScorePlan score{};
     uint64_t workspace_bytes;
 };
 
@@ -198,16 +198,9 @@ int32_t make_plan(const SocketTrtAttentionParams& p, const Device& device, Plan&
     a.dense_splits = plan_splits(device, static_cast<int64_t>(a.items) * p.kv_heads, length, 256);
     a.sparse_splits = a.sparse ? plan_splits(device, static_cast<int64_t>(a.items) * a.select_heads, listed, 128) : 0;
 
-    const int64_t select_blocks = (length + kSelectTokens - 1) / kSelectTokens * a.items * a.select_heads;
-    const int64_t select_room = static_cast<int64_t>(kSelectBlocksPerMultiprocessor) * device.multiprocessors;
-    a.select_rounds = static_cast<int32_t>((select_blocks + select_room - 1) / select_room);
-    plan.score = ScorePlan{};
     if (a.sparse && a.items > 0) {
         plan.score = plan_score(a, device);
-        if (plan.score.heads == 0) {
-            return fail(SOCKET_TRT_UNSUPPORTED, "%d tables of %d planes do not fit %d bytes of shared memory", p.tables,
-                        p.planes_per_table, device.shared_memory);
-        }
+        a.select_blocks = plan_select(a, device);
     }
     const int64_t selecting = a.sparse ? static_cast<int64_t>(a.items) * a.select_heads : 0;
     const int64_t heads = static_cast<int64_t>(a.items) * p.query_heads;
@@ -215,12 +208,12 @@ int32_t make_plan(const SocketTrtAttentionParams& p, const Device& device, Plan&
     Arena arena(p.workspace);
     arena.take(a.item, a.items);
     arena.take(a.prefill_tile, a.prefill_tiles);
-    arena.take(a.logit, a.sparse ? heads * p.tables * p.planes_per_table : 0);
-    arena.take(a.histogram, selecting * kHistogramBins);
-    arena.take(a.selection, selecting);
+    arena.take(a.probability, a.sparse ? heads * p.tables * p.planes_per_table : 0);
+    arena.take(a.listed, selecting);
     arena.take(a.score_key, selecting * a.key_stride);
-    arena.take(a.score_partial, plan.score.passes > 1 ? static_cast<int64_t>(a.items) * p.kv_heads * a.key_stride : 0);
-    arena.take(a.collected, selecting * kCollectCapacity);
+    char* partial;
+    arena.take(partial, plan.score.partial_bytes);
+    a.score_partial = partial;
     arena.take(a.slot, selecting * a.list_stride);
     arena.take(a.partial_output, heads * splits * p.head_size);
     arena.take(a.partial_stats, heads * splits * 2);
@@ -238,7 +231,7 @@ cudaError_t launch_decode(const Arguments& a, const Device& device, bool sparse,
     return launch_embedded(
         name, p.dtype, p.head_size, device, grid, stream,
         {&p.query,      &p.key_cache,      &p.value_cache,   &p.page_table, &a.item,    &a.slot,
-         &a.selection,  &a.partial_output, &a.partial_stats, &p.scale,      &p.softcap, &p.sliding_window,
+         &a.listed,     &a.partial_output, &a.partial_stats, &p.scale,      &p.softcap, &p.sliding_window,
          &p.tokens,     &p.query_heads,    &p.kv_heads,      &together,     &p.pages,   &p.pages_per_sequence,
          &a.page_shift, &a.list_stride,    &split_stride});
 }
@@ -368,7 +361,7 @@ int32_t SocketTrtAttentionSelection(const SocketTrtAttentionParams* params, Sock
     const socket_trt::Arguments& a = plan.arguments;
     const char* base = static_cast<const char*>(based.workspace);
     view->slots_offset = reinterpret_cast<const char*>(a.slot) - base;
-    view->counts_offset = reinterpret_cast<const char*>(a.selection) - base;
+    view->counts_offset = reinterpret_cast<const char*>(a.listed) - base;
     view->items = a.items;
     view->heads = a.sparse ? a.select_heads : 0;
     view->list_stride = a.list_stride;

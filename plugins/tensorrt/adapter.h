@@ -69,9 +69,9 @@ void warn_of_copied_caches(const char* layer) noexcept {
 
 // ---- The TensorRT that loads the library ----
 
-// Major version of the library that `object`'s class is from; 0 where it is no TensorRT that says so.  TensorRT 11 put
-// functions in front of ILogger's and ILoggerFinder's, so that a plugin for 10 would call the wrong ones (and so on):
-// better no creator than a crash with the first message.
+// Major version of the TensorRT library that `object`'s class is from; 0 where that cannot be told.  TensorRT 11 put
+// functions in front of those of ILogger and ILoggerFinder: the library for 10 would call the wrong ones, and the other
+// way round.  Better no creator than a crash with the first message.
 int32_t runtime_major(const void* object) {
     Dl_info info;
     const void* functions = *static_cast<const void* const*>(object);

@@ -184,6 +184,9 @@ BuildDevice current_device() {
     return BuildDevice{major * 10 + minor, multiprocessors};
 }
 
+// The kernels take a workspace aligned to this; TensorRT promises nothing about the address it gives.
+constexpr uintptr_t kWorkspaceAlignment = 256;
+
 // ---- Serialised data ----
 //
 // Little-endian, as every platform of TensorRT is: a header of fixed size, the build device, then the attributes in
@@ -400,7 +403,7 @@ uint64_t AttentionPlugin::workspace_bytes(const Tensor* largest) const {
         check_status(SocketTrtAttentionWorkspace(&p, &bytes));
         most = std::max(most, bytes);
     }
-    return most;
+    return most + kWorkspaceAlignment - 1;
 }
 
 void AttentionPlugin::prepare() const {
@@ -445,7 +448,9 @@ bool AttentionPlugin::enqueue(const Tensor* inputs, const void* const* input, vo
     p.query_start = static_cast<const int32_t*>(input[kQueryStart]);
     p.planes = input[kPlanes];
     p.output = output[0];
-    p.workspace = workspace;
+    const auto address = reinterpret_cast<uintptr_t>(workspace);
+    p.workspace =
+        reinterpret_cast<void*>((address + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment);
     // TensorRT does not say how much it gives: workspace_bytes() of the largest shapes, on the device of prepare().
     p.workspace_bytes = std::numeric_limits<uint64_t>::max();
     check_status(SocketTrtAttention(&p, stream));

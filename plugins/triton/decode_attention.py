@@ -27,7 +27,7 @@ def decode_attention(
     page_table,
     items,
     slots,
-    selection,
+    listed,
     partial_output,
     partial_stats,
     scale,
@@ -50,7 +50,7 @@ def decode_attention(
     """Grid: parts of the tokens, sets of heads that share them, items.
 
     query [Hq, N, D]; key_cache, value_cache [P, Hkv, page_size, D]; items int32 [items, 4] (row, token, length, mode);
-    slots int32 [items, sets, list_stride]; selection int32 [items, sets, 4] (the first is the number of slots);
+    slots int32 [items, sets, list_stride]; listed int32 [items, sets], their number;
     partial_output [items, Hq, split_stride, D]; partial_stats [items, Hq, split_stride, 2].
     """
     split = tl.program_id(0)
@@ -69,16 +69,17 @@ def decode_attention(
     # The tokens of this program: [begin, end) of the list, or of the positions.
     if SPARSE:
         list_index = item.to(tl.int64) * tl.num_programs(1) + head_set
-        end = tl.load(selection + list_index * 4)
+        end = tl.load(listed + list_index)
         begin = 0
         first = 0
+        share = tl.cdiv(end, splits)
     else:
         end = length
         first = 0
         if sliding_window > 0:
             first = tl.maximum(length - sliding_window, 0)
         begin = first // BLOCK_N * BLOCK_N
-    share = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_N) * BLOCK_N
+        share = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_N) * BLOCK_N  # tiles stay inside pages
     begin += split * share
     end = tl.minimum(end, begin + share)
 
@@ -146,7 +147,7 @@ KERNEL = Kernel(
         "page_table": "*i32",
         "items": "*i32",
         "slots": "*i32",
-        "selection": "*i32",
+        "listed": "*i32",
         "partial_output": "*fp32",
         "partial_stats": "*fp32",
         "scale": "fp32",

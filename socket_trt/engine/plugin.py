@@ -69,6 +69,18 @@ def find_plugin(tensorrt_version: str) -> Path:
     return found
 
 
+def find_autoload(tensorrt_version: str) -> Path:
+    """The library that registers the plugin when it is opened, for tools that take plugin libraries of that kind.
+
+    Raises MissingDependencyError where `find_plugin` does, or where it does not lie beside the plugin library.
+    """
+    plugin = find_plugin(tensorrt_version)
+    path = plugin.with_name(f"libsocket_trt_autoload_{tensorrt_version.split('.')[0]}.so")
+    if not path.is_file():
+        raise MissingDependencyError(f"{path.name} does not lie beside {plugin}: {_BUILD}")
+    return path
+
+
 def check_library(path: Path, tensorrt_version: str) -> str:
     """Release of the plugin library at `path`, which is fit for this package and this TensorRT.
 

@@ -124,11 +124,11 @@ def slots_in(workspace: Tensor, view: SelectionView) -> dict[int, list[Tensor]]:
     slots = {}
     if view.heads:
         shape = (view.items, view.heads)
-        counts = workspace[view.counts_offset :][: 16 * view.items * view.heads].view(torch.int32).view(*shape, 4)
+        counts = workspace[view.counts_offset :][: 4 * view.items * view.heads].view(torch.int32).view(*shape)
         lists = workspace[view.slots_offset :][: 4 * view.items * view.heads * view.list_stride].view(torch.int32)
         lists = lists.view(*shape, view.list_stride)
         for item in range(view.items):
-            slots[item] = [lists[item, head, : max(0, int(counts[item, head, 0]))] for head in range(view.heads)]
+            slots[item] = [lists[item, head, : max(0, int(counts[item, head]))] for head in range(view.heads)]
     return slots
 
 

@@ -238,6 +238,14 @@ int run(Subject& subject, const Case& shapes, const Options& options) {
     const size_t workspace_bytes = subject.workspace(shapes);
     expect(workspace_bytes > 0, "workspace is known");
     const std::string data = subject.serialize();
+    std::string elsewhere = data;
+    for (const int offset : {48, 52}) {  // the architecture and multiprocessors that the engine was built on
+        const int32_t one = 1;
+        std::memcpy(&elsewhere[offset], &one, sizeof(one));
+    }
+    expect(subject.recreate(elsewhere.data(), elsewhere.size()), "a plugin from another GPU's engine is recreated");
+    expect(!subject.attach(shapes), "a plugin from another GPU's engine does not attach");
+    expect(take_log().find("build the engine on this GPU") != std::string::npos, "and says why");
     expect(subject.recreate(data.data(), data.size()), "the plugin is recreated");
     expect(subject.attach(shapes), "the plugin attaches");
 
