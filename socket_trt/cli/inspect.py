@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,17 +14,23 @@ from socket_trt.cli.build import plan_text
 from socket_trt.cli.console import out, table
 from socket_trt.cli.sizes import human_bytes
 from socket_trt.engine.manifest import EngineDirectory, Manifest
-from socket_trt.errors import SocketTrtError
+from socket_trt.errors import MissingDependencyError, SocketTrtError
 from socket_trt.validation.report import VALIDATION_FILE
 
 
 def inspect(
     directory: Annotated[Path, typer.Argument(help="Engine directory.")],
+    commands: Annotated[
+        bool, typer.Option("--commands", help="Only print command lines of trtexec and polygraphy for the same plan.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Say what an engine directory holds, whether it is whole, and what memory it takes."""
     engine = EngineDirectory.open(directory)
     manifest = engine.manifest
+    if commands:
+        _print_commands(engine, as_json)
+        return
     try:
         engine.check()
         state = "whole"
@@ -41,6 +48,20 @@ def inspect(
         out.print_json(data=fields)
         return
     out.print(table(str(directory), ("", ""), _rows(manifest, memory, state, validation)))
+
+
+def _print_commands(engine: EngineDirectory, as_json: bool) -> None:
+    try:
+        from socket_trt.engine.commands import build_commands
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"this needs the package '{error.name}': pip install 'socket-trt[tensorrt]'"
+        ) from None
+    lines = build_commands(engine)
+    if as_json:
+        out.print_json(data=lines)
+    else:
+        sys.stdout.write("\n\n".join(lines.values()) + "\n")
 
 
 def _memory(manifest: Manifest) -> dict[str, int]:

@@ -10,10 +10,38 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from socket_trt.engine.manifest import Manifest, PlanRecord, TensorRecord
-from socket_trt.engine.profiles import Profile, Shape, engine_profiles
+from socket_trt.engine.compile import NETWORK_FILE, load_network, plan_profiles
+from socket_trt.engine.manifest import EngineDirectory, Manifest, PlanRecord, TensorRecord
+from socket_trt.engine.plugin import find_plugin
+from socket_trt.engine.profiles import Profile, Shape
+from socket_trt.errors import EngineError, MissingDependencyError
+from socket_trt.onnx.network import NetworkGraph
 
 _SHAPE_OPTIONS = ("min", "opt", "max")
+_FREE = ("Cast", "Constant", "Identity", "SocketAttention")
+
+
+def build_commands(engine: EngineDirectory) -> dict[str, str]:
+    """Command lines by tool, for an engine that has a plan.  Raises EngineError where it has none."""
+    manifest, record = engine.manifest, engine.manifest.plan
+    if record is None:
+        raise EngineError(f"{engine.path}: has no TensorRT plan yet; run socket-trt compile {engine.path}")
+    try:
+        plugin = find_plugin(record.tensorrt)
+    except MissingDependencyError:
+        plugin = Path(record.plugin)
+    held = float32_layers(load_network(engine, _major(record))) if _major(record) < 10 else []
+    network = engine.path / NETWORK_FILE
+    return {
+        "trtexec": trtexec_command(manifest, record, network, plugin, held),
+        "polygraphy": polygraphy_command(manifest, record, network, plugin, held),
+    }
+
+
+def float32_layers(graph: NetworkGraph) -> list[str]:
+    """Names of the layers that the build holds to float32 on TensorRT 8.6."""
+    nodes = (node for node in graph.model.graph if node.op_type not in _FREE)
+    return [str(node.name) for node in nodes if node.outputs[0].name in graph.float32]
 
 
 def trtexec_command(
@@ -23,7 +51,7 @@ def trtexec_command(
     parts = ["trtexec", f"--onnx={network}", f"--saveEngine={network.with_name(record.file)}"]
     major = _major(record)
     parts.append(f"--staticPlugins={plugin}")
-    for index, profile in enumerate(_profiles(manifest, record)):
+    for index, profile in enumerate(plan_profiles(manifest, record)):
         if major >= 10:
             parts.append(f"--profile={index}")
         elif index:
@@ -49,7 +77,7 @@ def polygraphy_command(
 ) -> str:
     """`polygraphy run` that builds this plan and runs it once on inputs of its own."""
     parts = ["polygraphy", "run", str(network), "--trt", "--plugins", str(plugin)]
-    for profile in _profiles(manifest, record):
+    for profile in plan_profiles(manifest, record):
         for position, option in enumerate(_SHAPE_OPTIONS):
             parts.append(f"--trt-{option}-shapes")
             parts += [f"{name}:[{','.join(map(str, three[position]))}]" for name, three in _dynamic(manifest, profile)]
@@ -68,10 +96,6 @@ def polygraphy_command(
 
 def _major(record: PlanRecord) -> int:
     return int(record.tensorrt.split(".")[0])
-
-
-def _profiles(manifest: Manifest, record: PlanRecord) -> list[Profile]:
-    return engine_profiles(manifest, record.max_step_tokens, record.max_pages)
 
 
 def _dynamic(manifest: Manifest, profile: Profile) -> list[tuple[str, tuple[Shape, Shape, Shape]]]:

@@ -166,8 +166,3 @@ def _replace(path: Path, data: bytes) -> None:
 def plan_profiles(manifest: Manifest, record: PlanRecord) -> list[Profile]:
     """The profiles that a recorded plan was built with, in order."""
     return engine_profiles(manifest, record.max_step_tokens, record.max_pages)
-
-
-def step_inputs(manifest: Manifest) -> list[TensorRecord]:
-    """The graph's inputs besides the caches."""
-    return [record for record in manifest.graph.inputs if record.name in names.STEP_INPUTS]
