@@ -38,7 +38,7 @@ def test_profiles_of_decode_and_prefill() -> None:
     assert prefill.shapes(shapes[names.POSITION_IDS]) == ((1,), (64,), (64,))
     assert prefill.shapes(shapes[names.PAST_LENGTH]) == ((1,), (1,), (4,))
     key = names.past(0, "key")
-    assert prefill.shapes(shapes[key]) == ((2, 2, 16, 64), (100, 2, 16, 64), (100, 2, 16, 64))
+    assert prefill.shapes(shapes[key]) == ((2, 2, 16, 64), (64, 2, 16, 64), (100, 2, 16, 64))
     assert [profile.name for profile in engine_profiles(manifest(max_batch_size=1), 64, 100)] == ["decode 1", "prefill"]
 
 

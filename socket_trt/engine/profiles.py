@@ -55,7 +55,8 @@ def engine_profiles(manifest: Manifest, max_step_tokens: int, max_pages: int) ->
     width = limits.pages_per_sequence
     common = {
         "pages_per_sequence": Range(1, width, width),
-        "pages": Range(2, max_pages, max_pages),
+        # Only the plugin sees the pool, and its speed does not depend on it: the builder need not allocate it whole.
+        "pages": Range(2, min(max_pages, 64), max_pages),
     }
     one = Range(1, 1, 1)
     profiles = [Profile("decode 1", one, one, **common)]
