@@ -99,6 +99,13 @@ class BenchReport:
             entry["tokens_per_second"] = round(result.tokens_per_second, 2)
         return fields
 
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> BenchReport:
+        """A report that `as_dict` gave."""
+        known = [field.name for field in dataclasses.fields(DecodeResult)]
+        decode = [DecodeResult(**{name: entry[name] for name in known}) for entry in fields["decode"]]
+        return cls(**fields | {"decode": decode})
+
     def speedup(self, result: DecodeResult) -> float | None:
         """How much faster than the dense engine in the same case; None for itself, or where it was not timed."""
         if result.attention == AttentionKind.dense.value:

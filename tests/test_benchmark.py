@@ -79,7 +79,9 @@ def test_report_of_both_attentions(machine: FakeMachine) -> None:
     dense = trt.built[1].network.model
     assert {a.i for node in dense.graph.node for a in node.attribute if a.name == "min_length"} == {2**31 - 1}
     assert not trt.driver.allocations
-    assert json.loads(json.dumps(report.as_dict()))["decode"][0]["tokens_per_second"] > 0
+    fields = json.loads(json.dumps(report.as_dict()))
+    assert fields["decode"][0]["tokens_per_second"] > 0
+    assert BenchReport.from_dict(fields) == report
 
 
 def test_speedup_is_against_the_dense_engine_in_the_same_case() -> None:
@@ -136,3 +138,19 @@ def test_command(machine: FakeMachine, tmp_path: Path, capsys: pytest.CaptureFix
     assert "dense" in printed
     assert json.loads((tmp_path / "r.json").read_text())["tensorrt"] == "8.6.0"
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_reports_are_put_together(machine: FakeMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import decode
+
+    machine.install(name="NVIDIA Fake")
+    report = run_benchmark(machine.compiled(), BenchOptions([Case(1, 64)], steps=1, random_weights=True), Silent())
+    (tmp_path / "a.json").write_text(json.dumps(report.as_dict()))
+    monkeypatch.setattr(
+        "sys.argv", ["decode", "--reports", str(tmp_path / "a.json"), "--output", str(tmp_path / "out")]
+    )
+    decode.main()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "decode-fake.json", "decode-fake.md", "decode-fake.png",
+    ]  # fmt: skip
+    assert "| tiny, 2 layers, float16, R = 8 | 1 | 64 | socket |" in (tmp_path / "out" / "decode-fake.md").read_text()
