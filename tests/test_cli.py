@@ -143,7 +143,7 @@ def test_tensorrt_that_is_not_there(run: Run, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(environment, "package_version", lambda _: None)
     result = run("build", "-m", "tiny", "-o", tmp_path / "engine", "--backend", "tensorrt")
     assert_one_line_error(result, "--backend tensorrt lacks an NVIDIA GPU")
-    assert "pip install tensorrt" in result.err
+    assert "TensorRT's Python package" in result.err
     assert "--backend onnxruntime" in result.err
 
 

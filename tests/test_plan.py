@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from socket_trt import names
+from socket_trt import environment, names
 from socket_trt.cli.main import main
 from socket_trt.engine.compile import NETWORK_FILE, check_plannable, compile_engine, load_network
 from socket_trt.engine.manifest import PLAN_FILE, EngineDirectory
 from socket_trt.engine.plan import default_timing_cache, make_logger
 from socket_trt.engine.profiles import MAX_ELEMENTS, check_max_step_tokens, engine_profiles, pool_pages
-from socket_trt.errors import ConfigError, EngineError
+from socket_trt.engine.tensorrt import choose_backend, import_tensorrt, missing_parts
+from socket_trt.errors import ConfigError, EngineError, MissingDependencyError
 from socket_trt.progress import Silent
+from socket_trt.runtime import cuda
 from tests.engines import tiny_engine
 from tests.fake_tensorrt import DataType, LayerType
 from tests.tensorrt_fixtures import OPTIONS, FakeMachine
@@ -204,3 +208,92 @@ def test_compile_and_inspect(machine: FakeMachine, capsys: pytest.CaptureFixture
     printed = capsys.readouterr().out
     assert printed.count("steps of 128 tokens") == 2
     assert json.loads((engine.path / "build.json").read_text())["plan"]["max_step_tokens"] == 128
+
+
+def test_build_makes_the_plan_in_the_same_go(
+    machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine.install()
+    monkeypatch.setattr("socket_trt.engine.tensorrt.missing_parts", list)
+    output = tmp_path / "built"
+    with pytest.raises(SystemExit) as exit_:
+        main(["build", "--model", "tiny", "-o", str(output), "--max-seq-len", "256", "--max-step-tokens", "64"])
+    assert exit_.value.code == 0
+    printed = capsys.readouterr().out
+    assert "TensorRT 8.6.0, Fake GPU (9.0)" in printed
+    engine = EngineDirectory.open(output)
+    assert engine.manifest.backend == "tensorrt"  # auto: everything is there
+    assert engine.manifest.dtype == "float16"
+    assert engine.manifest.plan is not None
+    assert engine.manifest.plan.max_step_tokens == 64
+
+
+def test_a_plan_that_fails_leaves_no_engine_behind(
+    machine: FakeMachine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trt = machine.install()
+    trt.refuse = "build"
+    monkeypatch.setattr("socket_trt.engine.tensorrt.missing_parts", list)
+    with pytest.raises(SystemExit) as exit_:
+        main(["build", "--model", "tiny", "-o", str(tmp_path / "built"), "--max-seq-len", "256"])
+    assert exit_.value.code == 2
+    assert not (tmp_path / "built").exists()
+
+
+def test_an_export_without_a_plan_needs_no_tensorrt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["build", "--model", "tiny", "-o", str(tmp_path / "e"), "--backend", "tensorrt", "--no-plan"]
+    with pytest.raises(SystemExit) as exit_:
+        main([*arguments, "--max-seq-len", "256"])
+    assert exit_.value.code == 0
+    assert "socket-trt compile" in capsys.readouterr().out
+    assert EngineDirectory.open(tmp_path / "e").manifest.plan is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--dtype", "float32"], "give --dtype float16"), (["--max-step-tokens", "9"], "need at least 10")],
+)
+def test_options_that_tensorrt_engines_exclude(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["build", "--model", "tiny", "-o", str(tmp_path / "e"), "--backend", "tensorrt", "--no-plan"]
+    with pytest.raises(SystemExit) as exit_:
+        main([*command, *arguments])
+    assert exit_.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_is_missing_is_said_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket_trt.environment.gpu", lambda: None)
+    monkeypatch.setattr("socket_trt.environment.plugin_library", lambda: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert len(missing_parts()) == 4
+    with pytest.raises(MissingDependencyError, match="--no-plan leaves"):
+        choose_backend("tensorrt")
+    assert choose_backend("tensorrt", with_plan=False) == "tensorrt"
+    assert choose_backend("auto") == "onnxruntime"
+    assert choose_backend("onnxruntime") == "onnxruntime"
+
+
+@pytest.mark.parametrize("version", ["7.2.3", "8.5.3"])
+def test_versions_that_are_too_old(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__=version))
+    with pytest.raises(MissingDependencyError, match="too old"):
+        import_tensorrt()
+
+
+def test_no_tensorrt_and_one_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(MissingDependencyError, match=r"no TensorRT|does not load"):
+        import_tensorrt()
+    monkeypatch.setattr("importlib.import_module", lambda name: ctypes.CDLL("libnvinfer.so.none"))
+    with pytest.raises(MissingDependencyError, match="does not load"):
+        import_tensorrt()
+
+
+def test_no_driver() -> None:
+    """On the real cuda-python: a machine without a driver says so in a line."""
+    if environment.gpu() is not None:
+        pytest.skip("this machine has an NVIDIA GPU")
+    with pytest.raises(MissingDependencyError, match=r"no NVIDIA driver|no usable NVIDIA GPU"):
+        cuda.Device()
