@@ -367,13 +367,16 @@ __global__ __launch_bounds__(kMaxWarps * 32, 1) void score_kernel(const __grid_c
             // Scores only order the tokens of their own head: any scale will do that keeps them inside float16.
             constexpr float kScale = PACKING == kFourHeads ? 0x1p-15f : PACKING == kTwoHeads ? 0x1p-23f : 0x1p-30f;
             const bool half = a.p.dtype == SOCKET_TRT_FLOAT16;
+            const __half2 largest = __float2half2_rn(65504.f);
             uint32_t key[2][L::kOwnTokens / 2];
 #pragma unroll
             for (int m = 0; m < L::kProducts; m++) {
                 float2 norm = norms.get(m, half);
                 norm.x *= kScale, norm.y *= kScale;
                 const auto pack = [&](float first, float second) {
-                    const __half2 x = __floats2half2_rn(first * norm.x, second * norm.y);
+                    // Selection compares keys as numbers: none is negative, infinite or NaN, whatever the norm.
+                    const __half2 product = __floats2half2_rn(first * norm.x, second * norm.y);
+                    const __half2 x = __hmax2(__hmin2(product, largest), __float2half2_rn(0.f));
                     return *reinterpret_cast<const uint32_t*>(&x);
                 };
                 if constexpr (PACKING == kFourHeads) {

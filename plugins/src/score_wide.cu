@@ -79,7 +79,7 @@ __global__ __launch_bounds__(kThreads) void score_wide_kernel(const __grid_const
                 const float norm = a.p.dtype == SOCKET_TRT_FLOAT16
                                        ? to_float(static_cast<const __half*>(a.p.norm_cache)[norm_at])
                                        : to_float(static_cast<const __nv_bfloat16*>(a.p.norm_cache)[norm_at]);
-                const uint16_t key = __half_as_ushort(__float2half_rn(sum * norm * scale));
+                const uint16_t key = __half_as_ushort(__float2half_rn(fmaxf(fminf(sum * norm * scale, 65504.f), 0.f)));
                 keys[at] = key;
                 const int block = at / kSampleTokens;
                 if (at % kSampleTokens == block * 37 % kSampleTokens) samples[block] = key;

@@ -1,11 +1,12 @@
 // From scores to the list of cache slots that each selecting head of a sparse item attends to: exactly the budget, in
 // order of position, of equal scores those at lower positions.
 //
-// A cluster of blocks shares the tokens of one head.  Each block collects the keys above a bound, which a sample of the
-// row gives, and counts them in a histogram with a bin for every key.  A look at all blocks' histograms, at sums of 128
-// bins and then at 128 bins, finds the key that the budget ends in, and how much of the list comes before a block's own
-// part, which it then lists.  Should the sample have misled, the keys below the bound are counted too.  Where there are
-// no clusters (before compute capability 9.0) one block has a head for itself.
+// A cluster of blocks shares the tokens of one head, and the warps of a block share its part.  Each warp collects the
+// keys above a bound, which a sample of the row gives, and counts them in the block's histogram with a bin for every key.
+// A look at all blocks' histograms, at sums of 128 bins and then at 128 bins, finds the key that the budget ends in, and
+// how much of the list comes before a block's own part, which its warps then list.  Should the sample have misled, the
+// keys below the bound are counted too.  Where there are no clusters (before compute capability 9.0) one block has a head
+// for itself.
 #include "device.cuh"
 #include "launchers.h"
 
@@ -15,10 +16,11 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kBins = 16384;  // a key is the upper 14 of a positive float16's 15 bits
 constexpr int kCoarse = 128, kFine = kBins / kCoarse;
-constexpr int kVectors = 4;          // of eight keys, that a thread looks at in one go
-constexpr int kOffsetBits = 17;      // of a collected key's place
-constexpr int kMaxBlocks = 8;        // of a cluster, on any GPU that has clusters
-constexpr int kLeastTokens = 4096;   // of a block
+constexpr int kWarps = kThreads / 32;
+constexpr int kAhead = 4;           // vectors of eight keys that a lane loads ahead
+constexpr int kOffsetBits = 17;     // of a collected key's place
+constexpr int kMaxBlocks = 8;       // of a cluster, on any GPU that has clusters
+constexpr int kLeastTokens = 4096;  // of a block
 constexpr int kMostSamples = 2048, kLeastSamples = 64;
 
 // Where the budget ends.
@@ -33,9 +35,10 @@ struct Found {
 struct Shared {
     uint32_t count[kBins];
     uint32_t coarse[kMaxBlocks][kCoarse];
-    uint32_t scan[33];
+    uint32_t warp_count[2][kWarps];
+    uint32_t incomplete;
     Found found;
-    uint32_t collected[1];  // [select_capacity]: bin << kOffsetBits | place in the block's part of the row
+    uint32_t collected[1];  // [kWarps, capacity]: bin << kOffsetBits | place in the block's part of the row
 };
 
 // No block may look at another's shared memory before all have written it, nor leave while another may still look.
@@ -164,9 +167,10 @@ __device__ __forceinline__ uint32_t bin_of(uint32_t key) {
     return key >> 1 & (kBins - 1);
 }
 
-// The vectors of eight keys that a block looks at, and which of their keys are candidates.
+// The vectors of eight keys that a warp looks at, and which of their keys are candidates.
 struct Part {
     const uint4* vectors;
+    int origin;       // the block's first vector: places count from it
     int begin, end;   // vectors
     int first, last;  // candidates
 
@@ -178,44 +182,52 @@ struct Part {
     }
 };
 
-// Collect the candidates in bins [least, most) of the vectors [begin, end), in order; with `counted`, into the histogram
-// too.  Returns their number, of which at most `capacity` are held.  All threads must call it.
-__device__ uint32_t collect(const Part& part, int begin, int end, uint32_t least, uint32_t most, bool counted,
+// Of eight keys, the bits of those that are at least `bound`; all are float16 numbers and positive.
+__device__ __forceinline__ uint32_t keys_from(const uint4& keys, uint32_t bound) {
+    const auto mask = [&](uint32_t pair) {
+        return __hge2_mask(*reinterpret_cast<const __half2*>(&pair), *reinterpret_cast<const __half2*>(&bound));
+    };
+    const uint32_t bits = (mask(keys.x) & 0x00020001u) | (mask(keys.y) & 0x00080004u) | (mask(keys.z) & 0x00200010u) |
+                          (mask(keys.w) & 0x00800040u);
+    return (bits | bits >> 16) & 0xff;
+}
+
+// Collect a warp's candidates in bins [least, most), in order; with `counted`, into the histogram too.  Returns their
+// number, of which at most `capacity` are held.
+__device__ uint32_t collect(const Part& part, uint32_t least, uint32_t most, bool counted, uint32_t* held,
                             uint32_t capacity, Shared& shared) {
+    const int lane = threadIdx.x & 31;
+    const uint32_t low = least << 1 | least << 17, high = most << 1 | most << 17;
     uint32_t collected = 0;
-    for (int base = begin; base < end; base += kVectors * kThreads) {
-        const int own = base + threadIdx.x * kVectors;
-        uint4 keys[kVectors];
+    for (int base = part.begin; base < part.end; base += 32 * kAhead) {
+        uint4 keys[kAhead];
 #pragma unroll
-        for (int v = 0; v < kVectors; v++) {
-            keys[v] = own + v < end ? __ldg(part.vectors + own + v) : make_uint4(0, 0, 0, 0);
+        for (int v = 0; v < kAhead; v++) {
+            const int at = base + v * 32 + lane;
+            keys[v] = at < part.end ? __ldg(part.vectors + at) : make_uint4(0, 0, 0, 0);
         }
-        uint32_t wanted = 0;  // a bit for each key
 #pragma unroll
-        for (int v = 0; v < kVectors; v++) {
-            if (own + v >= end) continue;
-            const uint32_t word[4] = {keys[v].x, keys[v].y, keys[v].z, keys[v].w};
-            uint32_t bits = 0;
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                const uint32_t bin = bin_of(i & 1 ? word[i / 2] >> 16 : word[i / 2]);
-                if (bin - least < most - least) bits |= 1u << i;
+        for (int v = 0; v < kAhead; v++) {
+            const int at = base + v * 32 + lane;
+            uint32_t wanted = 0;
+            if (at < part.end) {
+                wanted = keys_from(keys[v], low) & part.candidate_bits(at);
+                if (most < kBins) wanted &= ~keys_from(keys[v], high);
             }
-            wanted |= (bits & part.candidate_bits(own + v)) << (v * 8);
-        }
-        uint32_t total;
-        uint32_t place = collected + exclusive_scan(__popc(wanted), shared.scan, total);
-        collected += total;
-        for (; wanted; wanted &= wanted - 1) {
-            const int i = __ffs(wanted) - 1;
-            // The key once more: a register cannot be indexed, and the cache has it.
-            const uint32_t bin = bin_of(__ldg(reinterpret_cast<const uint16_t*>(part.vectors + own) + i));
-            const uint32_t offset = (own - begin) * 8 + i;
-            if (counted) atomicAdd(&shared.count[bin], 1u);
-            if (place < capacity) shared.collected[place++] = bin << kOffsetBits | (offset & ((1 << kOffsetBits) - 1));
+            const uint32_t until = collected + inclusive_warp_sum(__popc(wanted));
+            uint32_t place = until - __popc(wanted);
+            for (; wanted; wanted &= wanted - 1) {
+                const int i = __ffs(wanted) - 1;
+                const uint32_t front = i & 2 ? keys[v].y : keys[v].x, back = i & 2 ? keys[v].w : keys[v].z;
+                const uint32_t word = i & 4 ? back : front, bin = bin_of(i & 1 ? word >> 16 : word);
+                const uint32_t offset = (at - part.origin) * 8 + i;
+                if (counted) atomicAdd(&shared.count[bin], 1u);
+                if (place < capacity) held[place++] = bin << kOffsetBits | (offset & ((1 << kOffsetBits) - 1));
+            }
+            collected = __shfl_sync(~0u, until, 31);
         }
     }
-    __syncthreads();
+    __syncwarp();
     return collected;
 }
 
@@ -234,43 +246,52 @@ struct List {
     }
 };
 
-// How far a block has come with its part of the list.
+// How many of a warp's collected tokens are above the threshold (lower half) or at it (upper half).
+__device__ uint32_t count_collected(const uint32_t* held, uint32_t count, uint32_t threshold) {
+    uint32_t above = 0, tied = 0;
+    for (uint32_t base = 0; base < count; base += 32) {
+        const uint32_t own = base + (threadIdx.x & 31);
+        const uint32_t bin = own < count ? held[own] >> kOffsetBits : 0;
+        above += __popc(__ballot_sync(~0u, own < count && bin > threshold));
+        tied += __popc(__ballot_sync(~0u, own < count && bin == threshold));
+    }
+    return above | tied << 16;
+}
+
+// Where a warp's next token goes, and how many it may still take of those at the threshold.
 struct Progress {
-    uint32_t place;      // where its next token goes
-    uint32_t ties_left;  // tokens that it may still take from the bin that the budget ends in
+    uint32_t place, ties_left;
 };
 
-// List `count` collected tokens, of the vectors from `begin` on, that are above the threshold or the first of it.
-__device__ void put_collected(const List& list, int first_position, uint32_t count, uint32_t threshold,
-                              Progress& progress, Shared& shared) {
-    constexpr int kOwn = 4;
-    for (uint32_t base = 0; base < count; base += kOwn * kThreads) {
-        const uint32_t own = base + threadIdx.x * kOwn;
-        uint32_t entry[kOwn], above = 0, tied = 0;
-#pragma unroll
-        for (int i = 0; i < kOwn; i++) {
-            entry[i] = own + i < count ? shared.collected[own + i] : 0;
-            const uint32_t bin = entry[i] >> kOffsetBits;
-            above += own + i < count && bin > threshold;
-            tied += own + i < count && bin == threshold;
+// List a warp's collected tokens that are above the threshold or the first at it.
+__device__ void put_collected(const List& list, int origin, const uint32_t* held, uint32_t count, uint32_t threshold,
+                              Progress& progress) {
+    const uint32_t below = (1u << (threadIdx.x & 31)) - 1;  // lanes before this one
+    for (uint32_t base = 0; base < count; base += 32) {
+        const uint32_t own = base + (threadIdx.x & 31);
+        const uint32_t entry = own < count ? held[own] : 0, bin = entry >> kOffsetBits;
+        const uint32_t tied = __ballot_sync(~0u, own < count && bin == threshold);
+        const bool first_tied = own < count && bin == threshold && __popc(tied & below) < progress.ties_left;
+        const bool taken = own < count && (bin > threshold || first_tied);
+        const uint32_t all = __ballot_sync(~0u, taken);
+        if (taken) {
+            list.put(progress.place + __popc(all & below), origin * 8 + (entry & ((1 << kOffsetBits) - 1)));
         }
-        uint32_t total;
-        const uint32_t before = exclusive_scan(above | tied << 16, shared.scan, total);
-        uint32_t rank = before >> 16, place = progress.place + (before & 0xffff) + min(rank, progress.ties_left);
-#pragma unroll
-        for (int i = 0; i < kOwn; i++) {
-            const uint32_t bin = entry[i] >> kOffsetBits;
-            const bool taken = own + i < count && (bin > threshold || (bin == threshold && rank++ < progress.ties_left));
-            if (taken) list.put(place++, first_position + (entry[i] & ((1 << kOffsetBits) - 1)));
-        }
-        const uint32_t taken_ties = min(total >> 16, progress.ties_left);
-        progress.place += (total & 0xffff) + taken_ties;
-        progress.ties_left -= taken_ties;
+        progress.place += __popc(all);
+        progress.ties_left -= min(progress.ties_left, __popc(tied));
     }
 }
 
-// A bin that very likely holds, with all above it, at least the budget of a row's keys, and not many more.  The histogram
-// is zero before and after.  All threads must call it.
+// Sum over the block of a number that all lanes of a warp share; `turn` counts the calls.
+__device__ __forceinline__ uint32_t block_sum(uint32_t value, int turn, Shared& shared) {
+    uint32_t* counts = shared.warp_count[turn & 1];
+    if ((threadIdx.x & 31) == 0) counts[threadIdx.x >> 5] = value;
+    __syncthreads();
+    return __reduce_add_sync(~0u, (threadIdx.x & 31) < kWarps ? counts[threadIdx.x & 31] : 0);
+}
+
+// A bin that very likely holds, with all above it, at least the budget of a row's keys, and not many more.  All threads
+// must call it.
 __device__ uint32_t sample_bound(const uint16_t* samples, int first, int last, uint32_t among, uint32_t budget,
                                  Shared& shared) {
     const int from = (first + kSampleTokens - 1) / kSampleTokens, exist = last / kSampleTokens - from;
@@ -282,24 +303,20 @@ __device__ uint32_t sample_bound(const uint16_t* samples, int first, int last, u
     for (int i = 0; i < kOwn; i++) {
         const int sample = i * kThreads + threadIdx.x;
         const int at = exist <= kMostSamples ? sample : static_cast<int>(static_cast<int64_t>(sample) * exist / taken);
-        bin[i] = sample < taken ? bin_of(__ldg(samples + from + at)) : kBins;
-        if (bin[i] < kBins) atomicAdd(&shared.count[bin[i]], 1u);
+        bin[i] = sample < taken ? bin_of(__ldg(samples + from + at)) : 0;
     }
-    __syncthreads();
-    sum_bins(shared, 1, 0);
-    __syncthreads();
-    if (threadIdx.x < 32) {
-        // Four standard deviations more than the budget's share of the sample.
-        const float share = static_cast<float>(budget) / among * taken;
-        find_threshold(shared, 1, 0, static_cast<uint32_t>(share + 4.f * sqrtf(share)) + 4);
-    }
-    __syncthreads();
-    const uint32_t bound = shared.found.enclosed ? shared.found.bin : 0;
+    // Four standard deviations more than the budget's share of the sample.
+    const float share = static_cast<float>(budget) / among * taken;
+    const uint32_t wanted = static_cast<uint32_t>(share + 4.f * sqrtf(share)) + 4;
+    uint32_t bound = 0;
+    constexpr int kLowest = 2;  // finer bits are not worth their time
+#pragma unroll 1
+    for (int bit = kBins / 2, turn = 0; bit >= 1 << kLowest; bit /= 2, turn++) {
+        uint32_t count = 0;
 #pragma unroll
-    for (int i = 0; i < kOwn; i++) {
-        if (bin[i] < kBins) shared.count[bin[i]] = 0;
+        for (int i = 0; i < kOwn; i++) count += __popc(__ballot_sync(~0u, bin[i] >= bound + bit));
+        if (block_sum(count, turn, shared) >= wanted) bound += bit;
     }
-    __syncthreads();
     return bound;
 }
 
@@ -336,22 +353,26 @@ __global__ __launch_bounds__(kThreads, 2) void select_kernel(const __grid_consta
     __syncthreads();  // the histogram is zero
 
     const uint16_t* row = a.score_key + index * a.key_stride;
-    const int first_vector = first / 8, last_vector = (last + 7) / 8;
-    const int share = (last_vector - first_vector + blocks - 1) / blocks;
-    Part part{reinterpret_cast<const uint4*>(row), 0, 0, first, last};
-    part.begin = min(last_vector, first_vector + block * share);
+    const int first_vector = first / 8, last_vector = (last + 7) / 8, warp = threadIdx.x >> 5;
+    const int share = ((last_vector - first_vector + blocks - 1) / blocks + kWarps - 1) / kWarps;  // a warp's
+    Part part{reinterpret_cast<const uint4*>(row), 0, 0, 0, first, last};
+    part.origin = min(last_vector, first_vector + block * share * kWarps);
+    part.begin = min(last_vector, part.origin + warp * share);
     part.end = min(last_vector, part.begin + share);
+    const uint32_t capacity = a.select_capacity / kWarps;
+    uint32_t* held = shared.collected + warp * capacity;
     uint32_t least = 0, most = kBins;
-    if (share * 8 > kLeastTokens) {
+    if (share * kWarps * 8 > kLeastTokens) {
         least = sample_bound(a.sample_key + index * (a.key_stride / kSampleTokens), first, last, among, budget, shared);
     }
+    if (threadIdx.x == 0) shared.incomplete = share * kWarps * 8 > 1 << kOffsetBits;
+    __syncthreads();
     arrive_at_cluster();
-    const uint32_t capacity = a.select_capacity;
     uint32_t collected;
-    bool complete = share * 8 <= 1 << kOffsetBits;
-    while (true) {
-        collected = collect(part, part.begin, part.end, least, most, true, capacity, shared);
-        complete = complete && collected <= capacity;
+    for (int round = 0; round < 2; round++) {
+        collected = collect(part, least, most, true, held, capacity, shared);
+        if (collected > capacity || most < kBins) shared.incomplete = 1;
+        __syncthreads();
         wait_for_cluster();  // all have begun, and none is still looking
         sum_bins(shared, blocks, block);
         __syncthreads();
@@ -364,21 +385,45 @@ __global__ __launch_bounds__(kThreads, 2) void select_kernel(const __grid_consta
         if (shared.found.enclosed) break;
         most = least;  // the sample misled: count all others too
         least = 0;
-        complete = false;
     }
 
+    // What comes before this warp's part: the fixed tokens, other blocks' and other warps'.
     const Found found = shared.found;
-    const uint32_t ties = budget - found.above, ties_before = min(found.ties_before, ties);
-    Progress progress{fixed_before + found.above_before + ties_before, ties - ties_before};
+    const bool complete = !shared.incomplete;
+    const int pieces = complete ? 1 : (part.end - part.begin + capacity / 8 - 1) / (capacity / 8);
+    const auto collect_piece = [&](int i) {  // so many vectors at a time as can be held in any case
+        Part piece = part;
+        piece.begin += i * (capacity / 8);
+        piece.end = min(part.end, piece.begin + static_cast<int>(capacity / 8));
+        piece.origin = piece.begin;
+        collected = collect(piece, found.bin, kBins, false, held, capacity, shared);
+        return piece.origin;
+    };
+    uint32_t own = complete ? count_collected(held, collected, found.bin) : 0, own_above = own & 0xffff, own_tied = own >> 16;
+    for (int i = 0; i < pieces && !complete; i++) {
+        collect_piece(i);
+        own = count_collected(held, collected, found.bin);
+        own_above += own & 0xffff;
+        own_tied += own >> 16;
+    }
+    if ((threadIdx.x & 31) == 0) {
+        shared.warp_count[0][warp] = own_above;
+        shared.warp_count[1][warp] = own_tied;
+    }
+    __syncthreads();
+    const int lane = threadIdx.x & 31;
+    const uint32_t above_before = found.above_before + __reduce_add_sync(~0u, lane < warp ? shared.warp_count[0][lane] : 0);
+    uint32_t ties_before = found.ties_before + __reduce_add_sync(~0u, lane < warp ? shared.warp_count[1][lane] : 0);
+    const uint32_t ties = budget - found.above;
+    ties_before = min(ties_before, ties);
+    Progress progress{fixed_before + above_before + ties_before, ties - ties_before};
     if (complete) {
-        put_collected(list, part.begin * 8, collected, found.bin, progress, shared);
+        put_collected(list, part.origin, held, collected, found.bin, progress);
     } else {
-        // Too many to be held: so many vectors at a time as fit in any case.
-        for (int begin = part.begin; begin < part.end; begin += capacity / 8) {
-            const int end = min(part.end, begin + static_cast<int>(capacity / 8));
-            collected = collect(part, begin, end, found.bin, kBins, false, capacity, shared);
-            put_collected(list, begin * 8, collected, found.bin, progress, shared);
-            __syncthreads();
+        for (int i = 0; i < pieces; i++) {
+            const int origin = collect_piece(i);
+            put_collected(list, origin, held, collected, found.bin, progress);
+            __syncwarp();
         }
     }
     wait_for_cluster();
@@ -387,7 +432,7 @@ __global__ __launch_bounds__(kThreads, 2) void select_kernel(const __grid_consta
 }  // namespace
 
 int plan_select_capacity(const Device& device) {
-    return device.shared_memory >= 160 * 1024 ? 11 * 1024 : 4 * 1024;  // two blocks a multiprocessor; one
+    return device.shared_memory >= 160 * 1024 ? 11 * 1024 : 4 * 1024;  // two blocks a multiprocessor, or one
 }
 
 int plan_select(const Arguments& a, const Device& device) {

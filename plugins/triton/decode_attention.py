@@ -109,6 +109,7 @@ def decode_attention(
         valid = start + n < end
         if SPARSE:
             slot = tl.load(slots + list_index * list_stride + start + n, mask=valid, other=0)
+            slot = tl.where((slot >= 0) & (slot < (pages << page_shift)), slot, 0)
             page = slot >> page_shift
             place = slot & place_mask
         else:
