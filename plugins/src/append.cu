@@ -1,7 +1,7 @@
 // First kernel of the operator: everything that later kernels read.
 //
-// Key blocks write a tile of new keys into the cache: keys and values as they are, the values' norms, and the keys' hash
-// codes.  Query blocks turn decode queries into the probability of every hyperplane's positive side.  One block
+// Key blocks write a tile of new keys into the cache: keys and values as they are, the values' norms, and the keys'
+// hash codes.  Query blocks turn decode queries into the probability of every hyperplane's positive side.  One block
 // describes the decode queries (Item) and lists the tiles of prefill chunks.
 //
 // Keys and queries are projected alike, as a product [planes, D] x [D, vectors] of tensor cores: a warp takes 16 planes
@@ -14,7 +14,7 @@
 namespace socket_trt {
 namespace {
 
-constexpr int kProjecting = 256;           // threads of a block that project
+constexpr int kProjecting = 256;            // threads of a block that project
 constexpr int kThreads = kProjecting + 32;  // the last warp finds cache slots meanwhile
 constexpr int kBlockPlanes = kProjecting / 32 * 16;
 constexpr int kFewVectors = 8, kManyVectors = 64;
@@ -185,8 +185,8 @@ __device__ void append_keys(const Arguments& a, const AppendGrid& grid, Shared& 
         uint32_t code = 0;
         for (int r = 0; r < rank; r++) code = code * 2 + shared.bits[v][t * rank + r];
         const int64_t page_head = (slot >> a.page_shift) * a.p.kv_heads + (first + v) / a.p.tokens;
-        const int64_t to = ((page_head * a.p.tables + chunk.first_table + t) << a.page_shift) +
-                           (slot & (a.p.page_size - 1));
+        const int64_t to =
+            ((page_head * a.p.tables + chunk.first_table + t) << a.page_shift) + (slot & (a.p.page_size - 1));
         if (a.code_bytes == 1) {
             static_cast<uint8_t*>(a.p.code_cache)[to] = static_cast<uint8_t>(code);
         } else {

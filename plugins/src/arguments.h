@@ -53,7 +53,7 @@ struct Arguments {
     int32_t prefill_tiles;
     int32_t sparse_splits;  // parts that one item's attention is split into
     int32_t dense_splits;
-    int32_t combined;       // the sparse attention kernel combines its parts itself
+    int32_t combined;         // the sparse attention kernel combines its parts itself
     int32_t select_blocks;    // blocks that select for one head together: a cluster
     int32_t select_capacity;  // keys that such a block can hold
     int32_t overlapped;       // the device can begin a kernel while the one before it still runs

@@ -72,8 +72,8 @@ cudaError_t load_kernels(const Device& device) {
     return loaded.status;
 }
 
-cudaError_t launch_embedded(const char* name, int dtype, int head_size, const Device& device, dim3 grid, bool overlapped,
-                            cudaStream_t stream, std::initializer_list<const void*> arguments) {
+cudaError_t launch_embedded(const char* name, int dtype, int head_size, const Device& device, dim3 grid,
+                            bool overlapped, cudaStream_t stream, std::initializer_list<const void*> arguments) {
     const EmbeddedKernel* entry = find_kernel(name, dtype, head_size, device.architecture);
     if (entry == nullptr) return cudaErrorNoKernelImageForDevice;
     const cudaKernel_t kernel = loaded_kernels()[device.ordinal].kernels[entry - kEmbeddedKernels];

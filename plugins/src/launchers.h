@@ -17,9 +17,9 @@ struct Device {
 
 // How scoring is laid out for given shapes.
 struct ScorePlan {
-    int columns;      // hash tables that one pass looks up; 0: the kernel for many planes
-    int packing;      // what an entry of the look-up table holds
-    int passes;       // times a block reads codes, each time of other hash tables
+    int columns;  // hash tables that one pass looks up; 0: the kernel for many planes
+    int packing;  // what an entry of the look-up table holds
+    int passes;   // times a block reads codes, each time of other hash tables
     int warps;
     int head_blocks;  // groups of query heads of a KV head
     int slots;        // blocks for each of them, over all items
@@ -43,8 +43,8 @@ cudaError_t launch_combine(const Arguments& a, cudaStream_t stream);
 // shared memory, so that none has to wait until it is divided anew.
 template <typename... Parameters>
 cudaError_t set_up(void (*kernel)(Parameters...), size_t shared_memory) {
-    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                    static_cast<int>(shared_memory));
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_memory));
     if (status != cudaSuccess) return status;
     return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
 }

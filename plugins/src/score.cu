@@ -6,11 +6,12 @@
 //
 // Tensor cores add them up.  The four lanes of a quad look up the same tokens in different hash tables; as the left
 // operand of a matrix product of bytes, a lane's words are four tokens' rows, and a right operand of zeros and ones
-// adds the quad's bytes head by head, exactly, in 32 bits.  So a look-up costs little more than its address and its load.
+// adds the quad's bytes head by head, exactly, in 32 bits.  So a look-up costs little more than its address and its
+// load.
 //
 // Warps work alone.  Each has a ring of stages in shared memory, a stage being the codes of a unit of tokens in 32 hash
-// tables, filled by asynchronous copies of 16 bytes whatever the page size.  Rows of a stage are rotated by pieces of 16
-// bytes so that the lanes of a load find their pieces in different banks.
+// tables, filled by asynchronous copies of 16 bytes whatever the page size.  Rows of a stage are rotated by pieces of
+// 16 bytes so that the lanes of a load find their pieces in different banks.
 #include "device.cuh"
 #include "launchers.h"
 #include "mma.cuh"
@@ -207,7 +208,8 @@ class Walk {
     int group_ = 0, next_page_;
 };
 
-// Add the entries of one stage's codes to the sums of a lane's tokens.  `stage` and `entries` are the lane's own places.
+// Add the entries of one stage's codes to the sums of a lane's tokens.  `stage` and `entries` are the lane's own
+// places.
 template <int CODE_BYTES, int COLUMNS>
 __device__ __forceinline__ void look_up(int32_t (&sum)[Layout<CODE_BYTES, COLUMNS>::kProducts][4], uint32_t stage,
                                         uint32_t entries, const uint32_t (&right)[2]) {
@@ -283,7 +285,8 @@ __global__ __launch_bounds__(kMaxWarps * 32, 1) void score_kernel(const __grid_c
     const Candidates candidates(a, item.length);
     if (candidates.count() <= attended_budget(a, item.length)) return;  // all of them are attended
     const int begin = candidates.begin();
-    const int units = (candidates.last - begin + L::kUnit - 1) / L::kUnit, each = (units + share.parts - 1) / share.parts;
+    const int units = (candidates.last - begin + L::kUnit - 1) / L::kUnit,
+              each = (units + share.parts - 1) / share.parts;
     const int first_unit = share.part * each, last_unit = min(units, first_unit + each);
     if (first_unit >= last_unit) return;
 
@@ -300,13 +303,15 @@ __global__ __launch_bounds__(kMaxWarps * 32, 1) void score_kernel(const __grid_c
     const bool by_kv_head = a.select_heads == a.p.kv_heads;
     Heads heads{0, a.group};
     if (PACKING != kOneSum) heads = Heads{head_block * PACKING, min(PACKING, a.group - head_block * PACKING)};
-    const int64_t lane_index = (static_cast<int64_t>(share.item) * a.p.kv_heads + kv_head) * plan.head_blocks + head_block;
-    const float* probability = a.probability + (static_cast<int64_t>(share.item) * a.p.query_heads + kv_head * a.group) *
-                                                   a.p.planes_per_table * a.p.tables;
+    const int64_t lane_index =
+        (static_cast<int64_t>(share.item) * a.p.kv_heads + kv_head) * plan.head_blocks + head_block;
+    const float* probability =
+        a.probability +
+        (static_cast<int64_t>(share.item) * a.p.query_heads + kv_head * a.group) * a.p.planes_per_table * a.p.tables;
     // Of the row g of quads, lane t has the tokens of the first half (t < 2) or the second, and two of four columns.
     const int own_token = g * L::kQuadTokens + (t >> 1) * L::kOwnTokens;
-    uint32_t* partial = static_cast<uint32_t*>(a.score_partial) + (lane_index * a.key_stride + begin) * 2 +
-                        lane * (2 * L::kProducts);
+    uint32_t* partial =
+        static_cast<uint32_t*>(a.score_partial) + (lane_index * a.key_stride + begin) * 2 + lane * (2 * L::kProducts);
 
     for (int pass = 0; pass < plan.passes; pass++) {
         const int first_table = pass * COLUMNS, tables = min(COLUMNS, a.p.tables - first_table);
@@ -440,7 +445,7 @@ ScorePlan plan_score(const Arguments& a, const Device& device) {
     const bool by_kv_head = a.select_heads == a.p.kv_heads;
     plan.packing = by_kv_head || a.group == 1 ? kOneSum : a.group == 2 ? kTwoHeads : kFourHeads;
     plan.head_blocks = plan.packing == kFourHeads ? (a.group + 3) / 4 : 1;
-    const bool fits = a.p.planes_per_table <= 8    ? try_plan<1, 64>(a, device, plan) || try_plan<1, 32>(a, device, plan)
+    const bool fits = a.p.planes_per_table <= 8 ? try_plan<1, 64>(a, device, plan) || try_plan<1, 32>(a, device, plan)
                       : a.p.planes_per_table <= 10 ? try_plan<2, 32>(a, device, plan)
                                                    : false;
     if (!fits) return plan_score_wide(a);
@@ -470,8 +475,7 @@ cudaError_t launch_score(const Arguments& a, const ScorePlan& plan, cudaStream_t
                                                     : kernel_for<1, 32>(plan.packing);
     const cudaError_t status = set_up(kernel, plan.shared_memory);
     if (status != cudaSuccess) return status;
-    Launch launch(dim3(a.p.kv_heads * plan.head_blocks, plan.slots), dim3(plan.warps * 32), plan.shared_memory,
-                  stream);
+    Launch launch(dim3(a.p.kv_heads * plan.head_blocks, plan.slots), dim3(plan.warps * 32), plan.shared_memory, stream);
     return launch.overlapped(a.overlapped)(kernel, a, plan);
 }
 

@@ -8,8 +8,8 @@ namespace socket_trt {
 
 constexpr int kGroup = 32;  // hash tables that a stage holds: one a bank of shared memory
 
-// An entry of the look-up table has four bytes: of one code in one hash table, the probabilities of four query heads, or
-// two of 16 bits, or one of 23 bits (a KV head's sum, where it selects as one).
+// An entry of the look-up table has four bytes: of one code in one hash table, the probabilities of four query heads,
+// or two of 16 bits, or one of 23 bits (a KV head's sum, where it selects as one).
 enum Packing : int { kFourHeads = 4, kTwoHeads = 2, kOneSum = 1 };
 
 // COLUMNS hash tables are looked up in one pass over the codes: their entries for one code are a row.
@@ -19,10 +19,10 @@ struct Layout {
     static constexpr int kRows = 1 << kCodeBits;
     static constexpr int kRowBytes = COLUMNS * 4;
     static constexpr int kTableBytes = kRows * kRowBytes;
-    static constexpr int kUnit = 128 / CODE_BYTES;     // tokens that a warp scores at once
-    static constexpr int kQuadTokens = kUnit / 8;      // of them, those that four lanes look up together
+    static constexpr int kUnit = 128 / CODE_BYTES;      // tokens that a warp scores at once
+    static constexpr int kQuadTokens = kUnit / 8;       // of them, those that four lanes look up together
     static constexpr int kOwnTokens = kQuadTokens / 2;  // and those whose sums end up in a lane
-    static constexpr int kProducts = kQuadTokens / 4;  // matrix products a step: each takes four of a lane's tokens
+    static constexpr int kProducts = kQuadTokens / 4;   // matrix products a step: each takes four of a lane's tokens
 };
 
 // Which query heads of its KV head a block scores.
@@ -82,8 +82,8 @@ __device__ __forceinline__ void store_entry(uint32_t* entry, const float (&x)[4]
     }
 }
 
-// Fill the table for COLUMNS hash tables from `first_table` on.  Every head's likeliest code gets the largest entry that
-// fits; a sum's heads share one scale.  All threads must call it; ends with a barrier.
+// Fill the table for COLUMNS hash tables from `first_table` on.  Every head's likeliest code gets the largest entry
+// that fits; a sum's heads share one scale.  All threads must call it; ends with a barrier.
 template <int CODE_BYTES, int COLUMNS, int PACKING>
 __device__ void build_table(const Arguments& a, const float* probability, Heads heads, int first_table,
                             Sides<CODE_BYTES, COLUMNS>& sides, char* table) {

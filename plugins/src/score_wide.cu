@@ -10,8 +10,8 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kTables = 32;
-constexpr int kHalf = 256;       // entries of a half-table
-constexpr int kTokens = 8192;    // tokens of a block
+constexpr int kHalf = 256;     // entries of a half-table
+constexpr int kTokens = 8192;  // tokens of a block
 
 // The probability that `planes` planes, of which p[stride * r] is the r-th one's positive side, give `code`.
 __device__ float product(const float* p, int planes, int stride, int code) {

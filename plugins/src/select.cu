@@ -2,11 +2,13 @@
 // order of position, of equal scores those at lower positions.
 //
 // A cluster of blocks shares the tokens of one head, and the warps of a block share its part.  Each warp collects the
-// keys above a bound, which a sample of the row gives, and counts them in the block's histogram with a bin for every key.
-// A look at all blocks' histograms, at sums of 128 bins and then at 128 bins, finds the key that the budget ends in, and
-// how much of the list comes before a block's own part, which its warps then list.  Should the sample have misled, the
-// keys below the bound are counted too.  Where there are no clusters (before compute capability 9.0) one block has a head
-// for itself.
+// keys above a bound, which a sample of the row gives, and counts them in the block's histogram with a bin for every
+// key. A look at all blocks' histograms, at sums of 128 bins and then at 128 bins, finds the key that the budget ends
+// in, and how much of the list comes before a block's own part, which its warps then list.  Should the sample have
+// misled, the keys below the bound are counted too.  Where there are no clusters (before compute capability 9.0) one
+// block has a head for itself.
+#include <cmath>
+
 #include "device.cuh"
 #include "launchers.h"
 
@@ -17,8 +19,9 @@ constexpr int kThreads = 512;
 constexpr int kBins = 16384;  // a key is the upper 14 of a positive float16's 15 bits
 constexpr int kCoarse = 128, kFine = kBins / kCoarse;
 constexpr int kWarps = kThreads / 32;
-constexpr int kAhead = 4;           // vectors of eight keys that a lane loads ahead
-constexpr int kOffsetBits = 17;     // of a collected key's place
+constexpr int kAhead = 4;        // vectors of eight keys that a lane loads ahead
+constexpr int kOffsetBits = 17;  // of a collected key's place
+constexpr uint32_t kOffsets = (1u << kOffsetBits) - 1;
 constexpr int kMaxBlocks = 8;       // of a cluster, on any GPU that has clusters
 constexpr int kLeastTokens = 4096;  // of a block
 constexpr int kMostSamples = 2048, kLeastSamples = 64;
@@ -110,7 +113,8 @@ __device__ Found find_bin(int blocks, int block, uint32_t wanted, Counters count
     }
     const uint32_t sum = all[0] + all[1] + all[2] + all[3];
     const uint32_t sum_before = before[0] + before[1] + before[2] + before[3];
-    Found mine{127u - lane * 4, inclusive_warp_sum(sum) - sum, inclusive_warp_sum(sum_before) - sum_before, before[0], 1};
+    Found mine{127u - lane * 4, inclusive_warp_sum(sum) - sum, inclusive_warp_sum(sum_before) - sum_before, before[0],
+               1};
     const uint32_t reached = __ballot_sync(~0u, mine.above + sum >= wanted);
 #pragma unroll
     for (int i = 0; i < 3; i++) {
@@ -222,7 +226,7 @@ __device__ uint32_t collect(const Part& part, uint32_t least, uint32_t most, boo
                 const uint32_t word = i & 4 ? back : front, bin = bin_of(i & 1 ? word >> 16 : word);
                 const uint32_t offset = (at - part.origin) * 8 + i;
                 if (counted) atomicAdd(&shared.count[bin], 1u);
-                if (place < capacity) held[place++] = bin << kOffsetBits | (offset & ((1 << kOffsetBits) - 1));
+                if (place < capacity) held[place++] = bin << kOffsetBits | (offset & kOffsets);
             }
             collected = __shfl_sync(~0u, until, 31);
         }
@@ -242,7 +246,8 @@ struct List {
     }
     // This block's part of the positions [first, last), from `place` on.
     __device__ void put_all(uint32_t place, int first, int last, int blocks, int block) const {
-        for (int p = first + block * kThreads + threadIdx.x; p < last; p += blocks * kThreads) put(place + p - first, p);
+        for (int p = first + block * kThreads + threadIdx.x; p < last; p += blocks * kThreads)
+            put(place + p - first, p);
     }
 };
 
@@ -275,7 +280,7 @@ __device__ void put_collected(const List& list, int origin, const uint32_t* held
         const bool taken = own < count && (bin > threshold || first_tied);
         const uint32_t all = __ballot_sync(~0u, taken);
         if (taken) {
-            list.put(progress.place + __popc(all & below), origin * 8 + (entry & ((1 << kOffsetBits) - 1)));
+            list.put(progress.place + __popc(all & below), origin * 8 + (static_cast<int>(entry & kOffsets)));
         }
         progress.place += __popc(all);
         progress.ties_left -= min(progress.ties_left, __popc(tied));
@@ -298,12 +303,12 @@ __device__ uint32_t sample_bound(const uint16_t* samples, int first, int last, u
     if (exist < kLeastSamples) return 0;
     constexpr int kOwn = kMostSamples / kThreads;
     const int taken = min(exist, kMostSamples);
+    const float step = static_cast<float>(exist) / taken;
     uint32_t bin[kOwn];
 #pragma unroll
     for (int i = 0; i < kOwn; i++) {
         const int sample = i * kThreads + threadIdx.x;
-        const int at = exist <= kMostSamples ? sample : static_cast<int>(static_cast<int64_t>(sample) * exist / taken);
-        bin[i] = sample < taken ? bin_of(__ldg(samples + from + at)) : 0;
+        bin[i] = sample < taken ? bin_of(__ldg(samples + from + static_cast<int>(sample * step))) : 0;
     }
     // Four standard deviations more than the budget's share of the sample.
     const float share = static_cast<float>(budget) / among * taken;
@@ -387,44 +392,38 @@ __global__ __launch_bounds__(kThreads, 2) void select_kernel(const __grid_consta
         least = 0;
     }
 
-    // What comes before this warp's part: the fixed tokens, other blocks' and other warps'.
+    // A warp's part of the list is what it has collected; where that was too much to be held, it collects once more, so
+    // many vectors at a time as can be held in any case: first to count, then to list.
     const Found found = shared.found;
     const bool complete = !shared.incomplete;
-    const int pieces = complete ? 1 : (part.end - part.begin + capacity / 8 - 1) / (capacity / 8);
-    const auto collect_piece = [&](int i) {  // so many vectors at a time as can be held in any case
-        Part piece = part;
-        piece.begin += i * (capacity / 8);
-        piece.end = min(part.end, piece.begin + static_cast<int>(capacity / 8));
-        piece.origin = piece.begin;
-        collected = collect(piece, found.bin, kBins, false, held, capacity, shared);
-        return piece.origin;
-    };
-    uint32_t own = complete ? count_collected(held, collected, found.bin) : 0, own_above = own & 0xffff, own_tied = own >> 16;
-    for (int i = 0; i < pieces && !complete; i++) {
-        collect_piece(i);
-        own = count_collected(held, collected, found.bin);
-        own_above += own & 0xffff;
-        own_tied += own >> 16;
-    }
-    if ((threadIdx.x & 31) == 0) {
-        shared.warp_count[0][warp] = own_above;
-        shared.warp_count[1][warp] = own_tied;
-    }
-    __syncthreads();
-    const int lane = threadIdx.x & 31;
-    const uint32_t above_before = found.above_before + __reduce_add_sync(~0u, lane < warp ? shared.warp_count[0][lane] : 0);
-    uint32_t ties_before = found.ties_before + __reduce_add_sync(~0u, lane < warp ? shared.warp_count[1][lane] : 0);
-    const uint32_t ties = budget - found.above;
-    ties_before = min(ties_before, ties);
-    Progress progress{fixed_before + above_before + ties_before, ties - ties_before};
-    if (complete) {
-        put_collected(list, part.origin, held, collected, found.bin, progress);
-    } else {
-        for (int i = 0; i < pieces; i++) {
-            const int origin = collect_piece(i);
-            put_collected(list, origin, held, collected, found.bin, progress);
+    const int piece_vectors = complete ? share : static_cast<int>(capacity / 8), lane = threadIdx.x & 31;
+    Progress progress{0, 0};
+    uint32_t own_above = 0, own_tied = 0;
+    for (int phase = 0; phase < 2; phase++) {
+        for (int begin = part.begin; begin < part.end; begin += piece_vectors) {
+            Part piece = part;
+            if (!complete) {
+                piece.origin = piece.begin = begin;
+                piece.end = min(part.end, begin + piece_vectors);
+                collected = collect(piece, found.bin, kBins, false, held, capacity, shared);
+            }
+            if (phase == 0) {
+                const uint32_t own = count_collected(held, collected, found.bin);
+                own_above += own & 0xffff;
+                own_tied += own >> 16;
+            } else {
+                put_collected(list, piece.origin, held, collected, found.bin, progress);
+            }
             __syncwarp();
         }
+        if (phase == 1) break;
+        if (lane == 0) shared.warp_count[0][warp] = own_above, shared.warp_count[1][warp] = own_tied;
+        __syncthreads();
+        // What comes before: the fixed tokens, other blocks' and other warps'.
+        const uint32_t above = __reduce_add_sync(~0u, lane < warp ? shared.warp_count[0][lane] : 0);
+        const uint32_t tied = __reduce_add_sync(~0u, lane < warp ? shared.warp_count[1][lane] : 0);
+        const uint32_t ties = budget - found.above, ties_before = min(found.ties_before + tied, ties);
+        progress = Progress{fixed_before + found.above_before + above + ties_before, ties - ties_before};
     }
     wait_for_cluster();
 }
@@ -439,9 +438,12 @@ int plan_select(const Arguments& a, const Device& device) {
     int blocks = 1;
     if (device.architecture < 90) return blocks;
     const int64_t heads = static_cast<int64_t>(a.items) * a.select_heads;
+    // What the sample lets through, with some room for warps that get more than their share.
+    const double budget = static_cast<double>(a.list_stride) / a.max_length;
+    const double collected = 1.25 * (budget + 4 * std::sqrt(budget / kMostSamples)) * a.max_length;
     // Clusters must find room in one part of the GPU: one block a multiprocessor leaves them enough.
-    while (blocks < kMaxBlocks && heads * blocks * 2 <= device.multiprocessors &&
-           a.max_length / (blocks * 2) >= kLeastTokens) {
+    while (blocks < kMaxBlocks && a.max_length / (blocks * 2) >= kLeastTokens &&
+           (heads * blocks * 2 <= device.multiprocessors || collected / blocks > a.select_capacity)) {
         blocks *= 2;
     }
     return blocks;

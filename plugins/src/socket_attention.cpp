@@ -202,8 +202,8 @@ int32_t make_plan(const SocketTrtAttentionParams& p, const Device& device, Plan&
 
     if (a.sparse && a.items > 0) {
         plan.score = plan_score(a, device);
-        a.select_blocks = plan_select(a, device);
         a.select_capacity = plan_select_capacity(device);
+        a.select_blocks = plan_select(a, device);
     }
     const int64_t selecting = a.sparse ? static_cast<int64_t>(a.items) * a.select_heads : 0;
     const int64_t heads = static_cast<int64_t>(a.items) * p.query_heads;
@@ -230,16 +230,17 @@ cudaError_t launch_decode(const Arguments& a, const Device& device, bool sparse,
     const int32_t sets = sparse ? a.select_heads : a.p.kv_heads;
     const int32_t together = a.p.query_heads / sets;
     const int32_t split_stride = a.dense_splits > a.sparse_splits ? a.dense_splits : a.sparse_splits;
-    const char* name = sparse ? a.combined ? "decode_sparse_alone" : "decode_sparse"
-                       : a.p.page_size >= 64 ? "decode_dense_64" : "decode_dense_16";
+    const char* name = sparse                ? a.combined ? "decode_sparse_alone" : "decode_sparse"
+                       : a.p.page_size >= 64 ? "decode_dense_64"
+                                             : "decode_dense_16";
     const dim3 grid(sparse ? a.sparse_splits : a.dense_splits, sets, a.items);
     const SocketTrtAttentionParams& p = a.p;
     return launch_embedded(
         name, p.dtype, p.head_size, device, grid, a.overlapped != 0, stream,
-        {&p.query,      &p.key_cache,      &p.value_cache,   &p.page_table, &a.item,    &a.slot,
-         &a.listed,     &a.partial_output, &a.partial_stats, &a.arrived,    &p.output,  &p.scale,      &p.softcap, &p.sliding_window,
-         &p.tokens,     &p.query_heads,    &p.kv_heads,      &together,     &p.pages,   &p.pages_per_sequence,
-         &a.page_shift, &a.list_stride,    &split_stride});
+        {&p.query,   &p.key_cache,          &p.value_cache,   &p.page_table,  &a.item,      &a.slot,
+         &a.listed,  &a.partial_output,     &a.partial_stats, &a.arrived,     &p.output,    &p.scale,
+         &p.softcap, &p.sliding_window,     &p.tokens,        &p.query_heads, &p.kv_heads,  &together,
+         &p.pages,   &p.pages_per_sequence, &a.page_shift,    &a.list_stride, &split_stride});
 }
 
 cudaError_t launch_prefill(const Arguments& a, const Device& device, cudaStream_t stream) {
