@@ -1,7 +1,7 @@
 // First kernel of the operator: everything that later kernels read.
 //
-// Key blocks write a tile of new keys into the cache: keys and values as they are, the values' norms, and the keys' hash
-// codes.  Query blocks turn decode queries into the probability of every hyperplane's positive side.  One block
+// Key blocks write a tile of new keys into the cache: keys and values as they are, the values' norms, and the keys'
+// hash codes.  Query blocks turn decode queries into the probability of every hyperplane's positive side.  One block
 // describes the decode queries (Item) and lists the tiles of prefill chunks.
 //
 // Keys and queries are projected alike, as a product [planes, D] x [D, vectors] of tensor cores: a warp takes 16 planes
@@ -14,8 +14,9 @@
 namespace socket_trt {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kBlockPlanes = kThreads / 32 * 16;
+constexpr int kProjecting = 256;            // threads of a block that project
+constexpr int kThreads = kProjecting + 32;  // the last warp finds cache slots meanwhile
+constexpr int kBlockPlanes = kProjecting / 32 * 16;
 constexpr int kFewVectors = 8, kManyVectors = 64;
 
 struct AppendGrid {
@@ -87,19 +88,20 @@ __device__ __forceinline__ void project(const Arguments& a, const Chunk& chunk, 
     }
 }
 
-// Where the tile's tokens go: the cache slot of each vector.
+// Where the tile's tokens go, as one warp finds it: the cache slot of each vector.
 __device__ void find_slots(const Arguments& a, Shared& shared, int64_t first, int count) {
-    for (int i = threadIdx.x; i < count; i += kThreads) shared.row[i] = -1;
-    __syncthreads();
-    for (int row = threadIdx.x; row < a.p.sequences; row += kThreads) {
+    const int lane = threadIdx.x & 31;
+    for (int i = lane; i < count; i += 32) shared.row[i] = -1;
+    __syncwarp();
+    for (int row = lane; row < a.p.sequences; row += 32) {
         const Row r = read_row(a, row);
         for (int i = 0; i < count; i++) {
             const int token = static_cast<int>((first + i) % a.p.tokens);
             if (r.first <= token && token < r.first + r.count) shared.row[i] = row;
         }
     }
-    __syncthreads();
-    for (int i = threadIdx.x; i < count; i += kThreads) {
+    __syncwarp();
+    for (int i = lane; i < count; i += 32) {
         const int row = shared.row[i];
         int64_t slot = -1;
         if (row >= 0) {
@@ -115,7 +117,6 @@ __device__ void find_slots(const Arguments& a, Shared& shared, int64_t first, in
         }
         shared.slot[i] = slot;
     }
-    __syncthreads();
 }
 
 // Index of a slot of `head` in a cache that has one element a token.
@@ -167,10 +168,14 @@ __device__ void append_keys(const Arguments& a, const AppendGrid& grid, Shared& 
     const int64_t vectors = static_cast<int64_t>(a.p.tokens) * a.p.kv_heads;
     const int count = static_cast<int>(min(static_cast<int64_t>(grid.tile), vectors - first));
     const T* key = static_cast<const T*>(a.p.key) + first * a.p.head_size;
-    project<T, TILES>(
-        a, chunk, [&](int v) { return v < count ? key + v * a.p.head_size : nullptr; },
-        [&](int v, int plane, float x) { shared.bits[v][plane] = x >= 0.f; });
-    find_slots(a, shared, first, count);
+    if (threadIdx.x < kProjecting) {
+        project<T, TILES>(
+            a, chunk, [&](int v) { return v < count ? key + v * a.p.head_size : nullptr; },
+            [&](int v, int plane, float x) { shared.bits[v][plane] = x >= 0.f; });
+    } else {
+        find_slots(a, shared, first, count);
+    }
+    __syncthreads();
     if (chunk.first_table == 0) copy_tile<T>(a, shared, first, count);
     const int rank = a.p.planes_per_table;
     for (int i = threadIdx.x; i < count * chunk.tables; i += kThreads) {
@@ -180,8 +185,8 @@ __device__ void append_keys(const Arguments& a, const AppendGrid& grid, Shared& 
         uint32_t code = 0;
         for (int r = 0; r < rank; r++) code = code * 2 + shared.bits[v][t * rank + r];
         const int64_t page_head = (slot >> a.page_shift) * a.p.kv_heads + (first + v) / a.p.tokens;
-        const int64_t to = ((page_head * a.p.tables + chunk.first_table + t) << a.page_shift) +
-                           (slot & (a.p.page_size - 1));
+        const int64_t to =
+            ((page_head * a.p.tables + chunk.first_table + t) << a.page_shift) + (slot & (a.p.page_size - 1));
         if (a.code_bytes == 1) {
             static_cast<uint8_t*>(a.p.code_cache)[to] = static_cast<uint8_t>(code);
         } else {
@@ -193,6 +198,7 @@ __device__ void append_keys(const Arguments& a, const AppendGrid& grid, Shared& 
 // Eight query heads of decode queries.  A plane's positive side has probability sigmoid(2 tanh(w . q) / (sqrt(D) tau)).
 template <typename T>
 __device__ void project_queries(const Arguments& a, const AppendGrid& grid, int block) {
+    if (threadIdx.x >= kProjecting) return;
     const Chunk chunk(a, grid, block % grid.chunks);
     const int64_t first = static_cast<int64_t>(block / grid.chunks) * kFewVectors;
     const int64_t vectors = static_cast<int64_t>(a.items) * a.p.query_heads;
@@ -215,24 +221,6 @@ __device__ void project_queries(const Arguments& a, const AppendGrid& grid, int 
         const int table = chunk.first_table + plane / rank, r = plane % rank;
         a.probability[((first + v) * rank + r) * a.p.tables + table] = 1.f / (1.f + __expf(-factor * tanhf(x)));
     });
-}
-
-// The decode queries of the step.
-__device__ void describe_items(const Arguments& a) {
-    if (a.items_are_tokens) {
-        for (int i = threadIdx.x; i < a.items; i += kThreads) a.item[i] = Item{-1, i, 0, kItemNone};
-        __syncthreads();
-    }
-    for (int row = threadIdx.x; row < a.p.sequences; row += kThreads) {
-        const Row r = read_row(a, row);
-        const bool alone = r.count == 1;
-        for (int i = 0; i < (a.items_are_tokens ? r.count : 1); i++) {
-            Item item{row, r.first + i, min(r.past + i + 1, a.max_length), kItemDense};
-            if (alone && a.sparse && item.length > a.p.min_length) item.mode = kItemSparse;
-            if (!alone && !a.items_are_tokens) item.mode = kItemNone;
-            a.item[a.items_are_tokens ? item.token : row] = item;
-        }
-    }
 }
 
 // Tiles of all rows with several tokens, in order, then empty ones.
@@ -260,12 +248,16 @@ __device__ void list_tiles(const Arguments& a, Shared& shared) {
 }
 
 template <typename T>
-__global__ __launch_bounds__(kThreads) void append_kernel(const __grid_constant__ Arguments a) {
+__global__ __launch_bounds__(kThreads, 1) void append_kernel(const __grid_constant__ Arguments a) {
     __shared__ Shared shared;
     const AppendGrid grid(a);
+    start_next_kernel();
     int block = blockIdx.x;
     if (block == 0) {
-        describe_items(a);
+        for (int i = threadIdx.x; i < a.items; i += kThreads) a.item[i] = read_item(a, i);
+        if (a.combined) {
+            for (int i = threadIdx.x; i < a.items * a.select_heads; i += kThreads) a.arrived[i] = 0;
+        }
         if (a.prefill_tiles > 0) list_tiles(a, shared);
     } else if ((block -= 1) < grid.query_blocks) {
         project_queries<T>(a, grid, block);
@@ -280,8 +272,11 @@ __global__ __launch_bounds__(kThreads) void append_kernel(const __grid_constant_
 
 cudaError_t launch_append(const Arguments& a, cudaStream_t stream) {
     const AppendGrid grid(a);
+    const auto kernel = a.p.dtype == SOCKET_TRT_FLOAT16 ? append_kernel<__half> : append_kernel<__nv_bfloat16>;
+    const cudaError_t status = set_up(kernel, 0);
+    if (status != cudaSuccess) return status;
     const Launch launch(dim3(1 + grid.query_blocks + grid.key_blocks), dim3(kThreads), 0, stream);
-    return a.p.dtype == SOCKET_TRT_FLOAT16 ? launch(append_kernel<__half>, a) : launch(append_kernel<__nv_bfloat16>, a);
+    return launch(kernel, a);
 }
 
 }  // namespace socket_trt

@@ -10,8 +10,9 @@ constexpr int kAtOnce = 8;
 
 template <typename T>
 __global__ void combine_kernel(const __grid_constant__ Arguments a) {
+    wait_for_previous_kernel();
     const Item item = a.item[blockIdx.y];
-    if (item.mode == kItemNone) return;
+    if (item.mode == kItemNone || (item.mode == kItemSparse && a.combined)) return;
     const int splits = item.mode == kItemSparse ? a.sparse_splits : a.dense_splits;
     const int room = max(a.sparse_splits, a.dense_splits);
     const int64_t first = (static_cast<int64_t>(blockIdx.y) * a.p.query_heads + blockIdx.x) * room;
@@ -52,9 +53,11 @@ __global__ void combine_kernel(const __grid_constant__ Arguments a) {
 }  // namespace
 
 cudaError_t launch_combine(const Arguments& a, cudaStream_t stream) {
-    const Launch launch(dim3(a.p.query_heads, a.items), dim3(a.p.head_size), 0, stream);
-    return a.p.dtype == SOCKET_TRT_FLOAT16 ? launch(combine_kernel<__half>, a)
-                                           : launch(combine_kernel<__nv_bfloat16>, a);
+    const auto kernel = a.p.dtype == SOCKET_TRT_FLOAT16 ? combine_kernel<__half> : combine_kernel<__nv_bfloat16>;
+    const cudaError_t status = set_up(kernel, 0);
+    if (status != cudaSuccess) return status;
+    Launch launch(dim3(a.p.query_heads, a.items), dim3(a.p.head_size), 0, stream);
+    return launch.overlapped(a.overlapped)(kernel, a);
 }
 
 }  // namespace socket_trt

@@ -17,9 +17,9 @@ struct Device {
 
 // How scoring is laid out for given shapes.
 struct ScorePlan {
-    int columns;      // hash tables that one pass looks up; 0: the kernel for many planes
-    int packing;      // what an entry of the look-up table holds
-    int passes;       // times a block reads codes, each time of other hash tables
+    int columns;  // hash tables that one pass looks up; 0: the kernel for many planes
+    int packing;  // what an entry of the look-up table holds
+    int passes;   // times a block reads codes, each time of other hash tables
     int warps;
     int head_blocks;  // groups of query heads of a KV head
     int slots;        // blocks for each of them, over all items
@@ -31,12 +31,23 @@ ScorePlan plan_score_wide(const Arguments& a);
 
 // Blocks that select for one head together.
 int plan_select(const Arguments& a, const Device& device);
+int plan_select_capacity(const Device& device);
 
 cudaError_t launch_append(const Arguments& a, cudaStream_t stream);
 cudaError_t launch_score(const Arguments& a, const ScorePlan& plan, cudaStream_t stream);
 cudaError_t launch_score_wide(const Arguments& a, const ScorePlan& plan, cudaStream_t stream);
 cudaError_t launch_select(const Arguments& a, cudaStream_t stream);
 cudaError_t launch_combine(const Arguments& a, cudaStream_t stream);
+
+// Allow a kernel its shared memory.  All kernels ask for the same division of a multiprocessor's memory into cache and
+// shared memory, so that none has to wait until it is divided anew.
+template <typename... Parameters>
+cudaError_t set_up(void (*kernel)(Parameters...), size_t shared_memory) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_memory));
+    if (status != cudaSuccess) return status;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+}
 
 // Where and how large a kernel runs.
 class Launch {
@@ -53,11 +64,14 @@ class Launch {
 
     // Blocks (x) of the grid that run together and see each other's shared memory: from compute capability 9.0 on.
     Launch& cluster(int blocks) {
-        attribute_[0].id = cudaLaunchAttributeClusterDimension;
-        attribute_[0].val.clusterDim.x = blocks;
-        attribute_[0].val.clusterDim.y = attribute_[0].val.clusterDim.z = 1;
-        config_.attrs = attribute_;
-        config_.numAttrs = 1;
+        cudaLaunchAttribute& attribute = add(cudaLaunchAttributeClusterDimension);
+        attribute.val.clusterDim.x = blocks;
+        attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+        return *this;
+    }
+    // Begin while the kernel before still runs (wait_for_previous_kernel in device.cuh): from 9.0 on, too.
+    Launch& overlapped(bool on) {
+        if (on) add(cudaLaunchAttributeProgrammaticStreamSerialization).val.programmaticStreamSerializationAllowed = 1;
         return *this;
     }
 
@@ -70,8 +84,14 @@ class Launch {
     }
 
   private:
+    cudaLaunchAttribute& add(cudaLaunchAttributeID id) {
+        config_.attrs = attributes_;
+        attributes_[config_.numAttrs].id = id;
+        return attributes_[config_.numAttrs++];
+    }
+
     cudaLaunchConfig_t config_{};
-    cudaLaunchAttribute attribute_[1];
+    cudaLaunchAttribute attributes_[2];
 };
 
 }  // namespace socket_trt

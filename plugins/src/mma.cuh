@@ -1,7 +1,7 @@
 // The matrix instructions that the kernels use, and the layout of their operands.
 //
-// A warp's lane is (row = lane / 4, quad = lane % 4).  Of a product [16, K] x [K, 8], lane (g, t) holds rows g and g + 8 of
-// the left operand, column g of the right one, and columns 2 t and 2 t + 1 of rows g and g + 8 of the result.
+// A warp's lane is (row = lane / 4, quad = lane % 4).  Of a product [16, K] x [K, 8], lane (g, t) holds rows g and g +
+// 8 of the left operand, column g of the right one, and columns 2 t and 2 t + 1 of rows g and g + 8 of the result.
 #ifndef SOCKET_TRT_MMA_CUH_
 #define SOCKET_TRT_MMA_CUH_
 

@@ -6,11 +6,12 @@
 //
 // Tensor cores add them up.  The four lanes of a quad look up the same tokens in different hash tables; as the left
 // operand of a matrix product of bytes, a lane's words are four tokens' rows, and a right operand of zeros and ones
-// adds the quad's bytes head by head, exactly, in 32 bits.  So a look-up costs little more than its address and its load.
+// adds the quad's bytes head by head, exactly, in 32 bits.  So a look-up costs little more than its address and its
+// load.
 //
 // Warps work alone.  Each has a ring of stages in shared memory, a stage being the codes of a unit of tokens in 32 hash
-// tables, filled by asynchronous copies of 16 bytes whatever the page size.  Rows of a stage are rotated by pieces of 16
-// bytes so that the lanes of a load find their pieces in different banks.
+// tables, filled by asynchronous copies of 16 bytes whatever the page size.  Rows of a stage are rotated by pieces of
+// 16 bytes so that the lanes of a load find their pieces in different banks.
 #include "device.cuh"
 #include "launchers.h"
 #include "mma.cuh"
@@ -28,13 +29,25 @@ constexpr int kStaticShared = 1024;  // at most
 constexpr int kAlignedTable = 65536;
 constexpr int kStagesBelowTable = (kAlignedTable - kSystemShared - kStaticShared) / kStageBytes;
 
-// Bytes of dynamic shared memory for a table and `stages` stages.
+// Where table, stages and the planes' sides lie in dynamic shared memory, which begins at address `base`.
 template <int CODE_BYTES, int COLUMNS>
-__host__ __device__ constexpr int shared_bytes(int stages) {
-    if (COLUMNS == 32) return stages * kStageBytes + Layout<CODE_BYTES, COLUMNS>::kTableBytes + 128;
-    const int above = stages > kStagesBelowTable ? stages - kStagesBelowTable : 0;
-    return kAlignedTable - kSystemShared + Layout<CODE_BYTES, COLUMNS>::kTableBytes + above * kStageBytes;
-}
+struct Places {
+    static constexpr bool kAligned = COLUMNS == 64;
+    static constexpr int kTableBytes = Layout<CODE_BYTES, COLUMNS>::kTableBytes;
+    uint32_t base;
+    int stages;
+
+    __host__ __device__ uint32_t table() const { return kAligned ? kAlignedTable : base + stages * kStageBytes; }
+    __host__ __device__ uint32_t stage(int i) const {
+        const bool above = kAligned && i >= kStagesBelowTable;
+        return above ? kAlignedTable + kTableBytes + (i - kStagesBelowTable) * kStageBytes : base + i * kStageBytes;
+    }
+    __host__ __device__ uint32_t sides() const {
+        const int above = kAligned && stages > kStagesBelowTable ? stages - kStagesBelowTable : 0;
+        return table() + kTableBytes + above * kStageBytes;
+    }
+    __host__ __device__ uint32_t end() const { return sides() + sizeof(Sides<CODE_BYTES, COLUMNS>); }
+};
 
 __device__ __forceinline__ void copy_16_bytes(uint32_t to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
@@ -69,7 +82,7 @@ __device__ Share find_share(const Arguments& a, int slots, int slot) {
     const int lane = threadIdx.x & 31;
     const auto weight_of = [&](int i) -> uint32_t {
         if (i >= a.items) return 0;
-        const Item item = a.item[i];
+        const Item item = read_item(a, i);
         return item.mode == kItemSparse ? max(1, Candidates(a, item.length).count() / kScoreUnit) : 0;
     };
     uint32_t total = 0, items = 0;
@@ -138,6 +151,9 @@ class Walk {
         return static_cast<uint32_t>(page) < static_cast<uint32_t>(a_.p.pages) ? page : 0;
     }
 
+    // Position up to which the next stage holds codes.
+    __device__ __forceinline__ int end() const { return position(unit_, 8); }
+
     // Start to copy the next stage: 32 hash tables of a unit, then the next 32, then the next unit.
     __device__ __forceinline__ void copy() {
         if (unit_ < last_) {
@@ -192,7 +208,8 @@ class Walk {
     int group_ = 0, next_page_;
 };
 
-// Add the entries of one stage's codes to the sums of a lane's tokens.  `stage` and `entries` are the lane's own places.
+// Add the entries of one stage's codes to the sums of a lane's tokens.  `stage` and `entries` are the lane's own
+// places.
 template <int CODE_BYTES, int COLUMNS>
 __device__ __forceinline__ void look_up(int32_t (&sum)[Layout<CODE_BYTES, COLUMNS>::kProducts][4], uint32_t stage,
                                         uint32_t entries, const uint32_t (&right)[2]) {
@@ -260,54 +277,58 @@ __global__ __launch_bounds__(kMaxWarps * 32, 1) void score_kernel(const __grid_c
     const int warp = threadIdx.x >> 5, warps = blockDim.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const int kv_head = blockIdx.x / plan.head_blocks, head_block = blockIdx.x % plan.head_blocks;
 
+    // What is done before the wait looks at nothing that the append kernel writes: its items are found anew, and codes
+    // are copied that this step's tokens are not among.
     const Share share = find_share(a, gridDim.y, blockIdx.y);
     if (share.item < 0) return;
-    const Item item = a.item[share.item];
+    const Item item = read_item(a, share.item);
     const Candidates candidates(a, item.length);
     if (candidates.count() <= attended_budget(a, item.length)) return;  // all of them are attended
     const int begin = candidates.begin();
-    const int units = (candidates.last - begin + L::kUnit - 1) / L::kUnit, each = (units + share.parts - 1) / share.parts;
+    const int units = (candidates.last - begin + L::kUnit - 1) / L::kUnit,
+              each = (units + share.parts - 1) / share.parts;
     const int first_unit = share.part * each, last_unit = min(units, first_unit + each);
     if (first_unit >= last_unit) return;
 
     // Where things lie.
     const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-    const auto stage_at = [&](int i) -> uint32_t {
-        const bool above = COLUMNS == 64 && i >= kStagesBelowTable;
-        return above ? kAlignedTable + L::kTableBytes + (i - kStagesBelowTable) * kStageBytes : base + i * kStageBytes;
-    };
-    uint32_t table = kAlignedTable;
-    if constexpr (COLUMNS == 64) {
-        if (base < kSystemShared || base > kSystemShared + kStaticShared) __trap();
-    } else {
-        table = base + warps * kStages * kStageBytes;
-    }
+    if (base < kSystemShared || base > kSystemShared + kStaticShared) __trap();
+    const Places<CODE_BYTES, COLUMNS> places{base, warps * kStages};
+    const uint32_t table = places.table();
     uint32_t stage[kStages];
 #pragma unroll
-    for (int s = 0; s < kStages; s++) stage[s] = stage_at(warp * kStages + s);
+    for (int s = 0; s < kStages; s++) stage[s] = places.stage(warp * kStages + s);
     const uint32_t right[2] = {g < 4 ? 1u << g * 8 : 0u, g >= 4 ? 1u << (g - 4) * 8 : 0u};
 
     const bool by_kv_head = a.select_heads == a.p.kv_heads;
     Heads heads{0, a.group};
     if (PACKING != kOneSum) heads = Heads{head_block * PACKING, min(PACKING, a.group - head_block * PACKING)};
-    const int64_t lane_index = (static_cast<int64_t>(share.item) * a.p.kv_heads + kv_head) * plan.head_blocks + head_block;
-    const float* probability = a.probability + (static_cast<int64_t>(share.item) * a.p.query_heads + kv_head * a.group) *
-                                                   a.p.planes_per_table * a.p.tables;
+    const int64_t lane_index =
+        (static_cast<int64_t>(share.item) * a.p.kv_heads + kv_head) * plan.head_blocks + head_block;
+    const float* probability =
+        a.probability +
+        (static_cast<int64_t>(share.item) * a.p.query_heads + kv_head * a.group) * a.p.planes_per_table * a.p.tables;
     // Of the row g of quads, lane t has the tokens of the first half (t < 2) or the second, and two of four columns.
     const int own_token = g * L::kQuadTokens + (t >> 1) * L::kOwnTokens;
-    uint32_t* partial = static_cast<uint32_t*>(a.score_partial) + (lane_index * a.key_stride + begin) * 2 +
-                        lane * (2 * L::kProducts);
+    uint32_t* partial =
+        static_cast<uint32_t*>(a.score_partial) + (lane_index * a.key_stride + begin) * 2 + lane * (2 * L::kProducts);
 
     for (int pass = 0; pass < plan.passes; pass++) {
         const int first_table = pass * COLUMNS, tables = min(COLUMNS, a.p.tables - first_table);
         const bool last_pass = pass == plan.passes - 1;
         Walk<CODE_BYTES, COLUMNS> walk(a, item.row, kv_head, begin, first_unit + warp, last_unit, warps, first_table,
                                        tables, stage);
-        for (int s = 0; s < kStages; s++) walk.copy();
-        if (pass > 0) __syncthreads();  // all warps are done with the last table
-        build_table<CODE_BYTES, COLUMNS, PACKING>(a, probability, heads, first_table,
-                                                  shared + (static_cast<int>(table) - static_cast<int>(base)));
-        __syncthreads();
+        int copied = 0;
+        while (copied < kStages && (pass > 0 || walk.end() <= item.length - a.p.tokens)) walk.copy(), copied++;
+        if (pass == 0) {
+            wait_for_previous_kernel();
+        } else {
+            __syncthreads();  // all warps are done with the last table
+        }
+        for (; copied < kStages; copied++) walk.copy();
+        build_table<CODE_BYTES, COLUMNS, PACKING>(
+            a, probability, heads, first_table,
+            *reinterpret_cast<Sides<CODE_BYTES, COLUMNS>*>(shared + (places.sides() - base)), shared + (table - base));
 
         uint32_t own_stage[kStages];  // this lane's rows, 8 t to 8 t + 7, and in them piece g
 #pragma unroll
@@ -351,13 +372,16 @@ __global__ __launch_bounds__(kMaxWarps * 32, 1) void score_kernel(const __grid_c
             // Scores only order the tokens of their own head: any scale will do that keeps them inside float16.
             constexpr float kScale = PACKING == kFourHeads ? 0x1p-15f : PACKING == kTwoHeads ? 0x1p-23f : 0x1p-30f;
             const bool half = a.p.dtype == SOCKET_TRT_FLOAT16;
+            const __half2 largest = __float2half2_rn(65504.f);
             uint32_t key[2][L::kOwnTokens / 2];
 #pragma unroll
             for (int m = 0; m < L::kProducts; m++) {
                 float2 norm = norms.get(m, half);
                 norm.x *= kScale, norm.y *= kScale;
                 const auto pack = [&](float first, float second) {
-                    const __half2 x = __floats2half2_rn(first * norm.x, second * norm.y);
+                    // Selection compares keys as numbers: none is negative, infinite or NaN, whatever the norm.
+                    const __half2 product = __floats2half2_rn(first * norm.x, second * norm.y);
+                    const __half2 x = __hmax2(__hmin2(product, largest), __float2half2_rn(0.f));
                     return *reinterpret_cast<const uint32_t*>(&x);
                 };
                 if constexpr (PACKING == kFourHeads) {
@@ -379,9 +403,14 @@ __global__ __launch_bounds__(kMaxWarps * 32, 1) void score_kernel(const __grid_c
                 const int h = PACKING == kFourHeads ? 2 * (t & 1) + i : t & 1;
                 if (h >= (PACKING == kOneSum ? 1 : heads.count)) continue;
                 const int selecting = by_kv_head ? kv_head : kv_head * a.group + heads.first + h;
-                store_keys<L::kOwnTokens>(
-                    a.score_key + (static_cast<int64_t>(share.item) * a.select_heads + selecting) * a.key_stride + at,
-                    key[i]);
+                const int64_t row = static_cast<int64_t>(share.item) * a.select_heads + selecting;
+                store_keys<L::kOwnTokens>(a.score_key + row * a.key_stride + at, key[i]);
+                // The sample: of each kSampleTokens the first of one lane, another in every unit.
+                constexpr int kQuads = kSampleTokens / L::kQuadTokens;
+                if ((g & (kQuads - 1)) == (unit * 3 & (kQuads - 1)) && t >> 1 == (unit >> 2 & 1)) {
+                    a.sample_key[row * (a.key_stride / kSampleTokens) + at / kSampleTokens] =
+                        static_cast<uint16_t>(key[i][0]);
+                }
             }
         }
     }
@@ -391,9 +420,8 @@ using ScoreKernel = void (*)(Arguments, ScorePlan);
 
 template <int CODE_BYTES, int COLUMNS>
 bool try_plan(const Arguments& a, const Device& device, ScorePlan& plan) {
-    // No more warps than have work.
     for (int warps = kMaxWarps; warps >= 4; warps -= 2) {
-        plan.shared_memory = shared_bytes<CODE_BYTES, COLUMNS>(warps * kStages);
+        plan.shared_memory = Places<CODE_BYTES, COLUMNS>{kSystemShared, warps * kStages}.end() - kSystemShared;
         if (plan.shared_memory + kStaticShared > device.shared_memory) continue;
         plan.warps = warps;
         plan.columns = COLUMNS;
@@ -417,7 +445,7 @@ ScorePlan plan_score(const Arguments& a, const Device& device) {
     const bool by_kv_head = a.select_heads == a.p.kv_heads;
     plan.packing = by_kv_head || a.group == 1 ? kOneSum : a.group == 2 ? kTwoHeads : kFourHeads;
     plan.head_blocks = plan.packing == kFourHeads ? (a.group + 3) / 4 : 1;
-    const bool fits = a.p.planes_per_table <= 8    ? try_plan<1, 64>(a, device, plan) || try_plan<1, 32>(a, device, plan)
+    const bool fits = a.p.planes_per_table <= 8 ? try_plan<1, 64>(a, device, plan) || try_plan<1, 32>(a, device, plan)
                       : a.p.planes_per_table <= 10 ? try_plan<2, 32>(a, device, plan)
                                                    : false;
     if (!fits) return plan_score_wide(a);
@@ -445,12 +473,10 @@ cudaError_t launch_score(const Arguments& a, const ScorePlan& plan, cudaStream_t
     const ScoreKernel kernel = a.code_bytes == 2    ? kernel_for<2, 32>(plan.packing)
                                : plan.columns == 64 ? kernel_for<1, 64>(plan.packing)
                                                     : kernel_for<1, 32>(plan.packing);
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_memory);
+    const cudaError_t status = set_up(kernel, plan.shared_memory);
     if (status != cudaSuccess) return status;
-    const Launch launch(dim3(a.p.kv_heads * plan.head_blocks, plan.slots), dim3(plan.warps * 32), plan.shared_memory,
-                        stream);
-    return launch(kernel, a, plan);
+    Launch launch(dim3(a.p.kv_heads * plan.head_blocks, plan.slots), dim3(plan.warps * 32), plan.shared_memory, stream);
+    return launch.overlapped(a.overlapped)(kernel, a, plan);
 }
 
 }  // namespace socket_trt

@@ -10,8 +10,8 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kTables = 32;
-constexpr int kHalf = 256;       // entries of a half-table
-constexpr int kTokens = 8192;    // tokens of a block
+constexpr int kHalf = 256;     // entries of a half-table
+constexpr int kTokens = 8192;  // tokens of a block
 
 // The probability that `planes` planes, of which p[stride * r] is the r-th one's positive side, give `code`.
 __device__ float product(const float* p, int planes, int stride, int code) {
@@ -25,6 +25,7 @@ __device__ float product(const float* p, int planes, int stride, int code) {
 
 __global__ __launch_bounds__(kThreads) void score_wide_kernel(const __grid_constant__ Arguments a) {
     extern __shared__ float half_tables[];  // [kTables, 2, kHalf]
+    wait_for_previous_kernel();
     const Item item = a.item[blockIdx.z];
     if (item.mode != kItemSparse) return;
     const Candidates candidates(a, item.length);
@@ -38,6 +39,7 @@ __global__ __launch_bounds__(kThreads) void score_wide_kernel(const __grid_const
     const int64_t row_index = static_cast<int64_t>(blockIdx.z) * a.select_heads + blockIdx.y;
     float* partial = static_cast<float*>(a.score_partial) + row_index * a.key_stride;
     uint16_t* keys = a.score_key + row_index * a.key_stride;
+    uint16_t* samples = a.sample_key + row_index * (a.key_stride / kSampleTokens);
     // Scores only order the tokens of their own head: this keeps even the largest inside float16.
     const float scale = exp2f(static_cast<float>(rank) * 0.5f) / (heads * tables);
 
@@ -77,7 +79,10 @@ __global__ __launch_bounds__(kThreads) void score_wide_kernel(const __grid_const
                 const float norm = a.p.dtype == SOCKET_TRT_FLOAT16
                                        ? to_float(static_cast<const __half*>(a.p.norm_cache)[norm_at])
                                        : to_float(static_cast<const __nv_bfloat16*>(a.p.norm_cache)[norm_at]);
-                keys[at] = __half_as_ushort(__float2half_rn(sum * norm * scale));
+                const uint16_t key = __half_as_ushort(__float2half_rn(fmaxf(fminf(sum * norm * scale, 65504.f), 0.f)));
+                keys[at] = key;
+                const int block = at / kSampleTokens;
+                if (at % kSampleTokens == block * 37 % kSampleTokens) samples[block] = key;
             }
         }
     }
@@ -93,12 +98,11 @@ ScorePlan plan_score_wide(const Arguments& a) {
 }
 
 cudaError_t launch_score_wide(const Arguments& a, const ScorePlan& plan, cudaStream_t stream) {
-    const cudaError_t status = cudaFuncSetAttribute(score_wide_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                    plan.shared_memory);
+    const cudaError_t status = set_up(score_wide_kernel, plan.shared_memory);
     if (status != cudaSuccess) return status;
     const int blocks = (a.max_length + kTokens - 1) / kTokens + 1;
-    const Launch launch(dim3(blocks, a.select_heads, a.items), dim3(kThreads), plan.shared_memory, stream);
-    return launch(score_wide_kernel, a);
+    Launch launch(dim3(blocks, a.select_heads, a.items), dim3(kThreads), plan.shared_memory, stream);
+    return launch.overlapped(a.overlapped)(score_wide_kernel, a);
 }
 
 }  // namespace socket_trt

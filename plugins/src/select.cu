@@ -1,11 +1,14 @@
 // From scores to the list of cache slots that each selecting head of a sparse item attends to: exactly the budget, in
 // order of position, of equal scores those at lower positions.
 //
-// A cluster of blocks shares the tokens of one head.  Each block counts its keys in a histogram with a bin for every key;
-// a look at all blocks' histograms, at sums of 128 bins and then at 128 bins, finds the key that the budget ends in, and
-// how much of the list comes before a block's own part.  Then every block lists its part.  Counting in shared memory is
-// slow, so that only keys above a bound are counted, which a sample of the row gives; should it have misled, the others
-// are counted too.  Where there are no clusters (before compute capability 9.0) one block has a head for itself.
+// A cluster of blocks shares the tokens of one head, and the warps of a block share its part.  Each warp collects the
+// keys above a bound, which a sample of the row gives, and counts them in the block's histogram with a bin for every
+// key. A look at all blocks' histograms, at sums of 128 bins and then at 128 bins, finds the key that the budget ends
+// in, and how much of the list comes before a block's own part, which its warps then list.  Should the sample have
+// misled, the keys below the bound are counted too.  Where there are no clusters (before compute capability 9.0) one
+// block has a head for itself.
+#include <cmath>
+
 #include "device.cuh"
 #include "launchers.h"
 
@@ -15,25 +18,30 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kBins = 16384;  // a key is the upper 14 of a positive float16's 15 bits
 constexpr int kCoarse = 128, kFine = kBins / kCoarse;
-constexpr int kOwnBins = kBins / kThreads;
-constexpr int kVectors = 4;         // of eight keys, that a thread looks at in one go
-constexpr int kSamples = 2048;
-constexpr int kMaxBlocks = 8;       // a cluster that any GPU with clusters can run
-constexpr int kLeastTokens = 2048;  // of a block
+constexpr int kWarps = kThreads / 32;
+constexpr int kAhead = 4;        // vectors of eight keys that a lane loads ahead
+constexpr int kOffsetBits = 17;  // of a collected key's place
+constexpr uint32_t kOffsets = (1u << kOffsetBits) - 1;
+constexpr int kMaxBlocks = 8;       // of a cluster, on any GPU that has clusters
+constexpr int kLeastTokens = 4096;  // of a block
+constexpr int kMostSamples = 2048, kLeastSamples = 64;
 
-// Where the budget ends, as one warp finds it.
+// Where the budget ends.
 struct Found {
     uint32_t bin;
     uint32_t above;         // keys in higher bins
     uint32_t above_before;  // of them, those of the blocks before this one
     uint32_t ties_before;   // those blocks' keys in the bin itself
+    uint32_t enclosed;      // 0: all keys that were counted are fewer than the budget
 };
 
 struct Shared {
-    uint32_t coarse[kCoarse];
-    uint32_t scan[33];
-    uint32_t bound, enclosed, threshold;
+    uint32_t count[kBins];
+    uint32_t coarse[kMaxBlocks][kCoarse];
+    uint32_t warp_count[2][kWarps];
+    uint32_t incomplete;
     Found found;
+    uint32_t collected[1];  // [kWarps, capacity]: bin << kOffsetBits | place in the block's part of the row
 };
 
 // No block may look at another's shared memory before all have written it, nor leave while another may still look.
@@ -50,18 +58,30 @@ __device__ __forceinline__ void wait_for_cluster() {
 #endif
 }
 
-// Four words of another block's shared memory, at the place where they are in this block's.
+#if __CUDA_ARCH__ >= 900
+// Address of another block's shared memory, at the place where `here` is in this block's.
+__device__ __forceinline__ uint32_t address_in_block(const void* here, int block) {
+    uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(here));
+    asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(block));
+    return address;
+}
+#endif
 __device__ __forceinline__ uint4 load_of_block(const uint4* words, int block) {
 #if __CUDA_ARCH__ >= 900
-    uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(words));
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(address), "r"(block));
     uint4 x;
     asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "r"(address));
+                 : "r"(address_in_block(words, block)));
     return x;
 #else
     return *words;
+#endif
+}
+__device__ __forceinline__ void store_to_block(uint32_t* word, int block, uint32_t value) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address_in_block(word, block)), "r"(value) : "memory");
+#else
+    *word = value;
 #endif
 }
 
@@ -74,15 +94,16 @@ __device__ __forceinline__ uint32_t inclusive_warp_sum(uint32_t value) {
     return value;
 }
 
-// One warp's search in 128 counters of all blocks, from the highest on, for that in which the `wanted`-th key lies; false
-// where all of them are fewer.
-__device__ bool find_bin(const uint32_t* counters, int blocks, int block, uint32_t wanted, Found& found) {
+// One warp's search in the blocks' 128 counters each, from the highest on, for that in which the `wanted`-th key lies.
+// counters(b): those of block b, as vectors of four that the lane reads one of.
+template <typename Counters>
+__device__ Found find_bin(int blocks, int block, uint32_t wanted, Counters counters) {
     static_assert(kCoarse == 128 && kFine == 128, "four counters a lane");
     const int lane = threadIdx.x & 31;
     uint32_t all[4] = {}, before[4] = {};  // the highest first
 #pragma unroll 8
     for (int other = 0; other < blocks; other++) {
-        const uint4 x = load_of_block(reinterpret_cast<const uint4*>(counters) + 31 - lane, other);
+        const uint4 x = counters(other, 31 - lane);
         const uint32_t own[4] = {x.w, x.z, x.y, x.x};
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -92,91 +113,126 @@ __device__ bool find_bin(const uint32_t* counters, int blocks, int block, uint32
     }
     const uint32_t sum = all[0] + all[1] + all[2] + all[3];
     const uint32_t sum_before = before[0] + before[1] + before[2] + before[3];
-    Found mine{0, inclusive_warp_sum(sum) - sum, inclusive_warp_sum(sum_before) - sum_before, 0};
+    Found mine{127u - lane * 4, inclusive_warp_sum(sum) - sum, inclusive_warp_sum(sum_before) - sum_before, before[0],
+               1};
     const uint32_t reached = __ballot_sync(~0u, mine.above + sum >= wanted);
-    if (reached == 0) return false;
-    bool searching = true;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        searching = searching && mine.above + all[i] < wanted;
-        if (searching) {
-            mine.above += all[i];
-            mine.above_before += before[i];
-        }
-        if (searching || i == 0) {  // this bin, or the next
-            mine.bin = 127 - lane * 4 - i - (searching ? 1 : 0);
+    for (int i = 0; i < 3; i++) {
+        if (mine.bin != 127u - lane * 4 - i || mine.above + all[i] >= wanted) continue;
+        mine.bin--;
+        mine.above += all[i];
+        mine.above_before += before[i];
+        mine.ties_before = before[i + 1];
+    }
+    const int owner = reached ? __ffs(reached) - 1 : 0;
+    return Found{__shfl_sync(~0u, mine.bin, owner), __shfl_sync(~0u, mine.above, owner),
+                 __shfl_sync(~0u, mine.above_before, owner), __shfl_sync(~0u, mine.ties_before, owner), reached != 0};
+}
+
+// Both searches, of the first warp; the blocks' coarse counters lie in shared.coarse.
+__device__ void find_threshold(Shared& shared, int blocks, int block, uint32_t wanted) {
+    Found coarse = find_bin(blocks, block, wanted, [&](int other, int vector) {
+        return reinterpret_cast<const uint4*>(shared.coarse[other])[vector];
+    });
+    if (coarse.enclosed) {
+        const uint4* fine = reinterpret_cast<const uint4*>(shared.count + coarse.bin * kFine);
+        const Found found = find_bin(blocks, block, wanted - coarse.above, [&](int other, int vector) {
+            return blocks == 1 ? fine[vector] : load_of_block(fine + vector, other);
+        });
+        coarse = Found{coarse.bin * kFine + found.bin, coarse.above + found.above,
+                       coarse.above_before + found.above_before, found.ties_before, 1};
+    }
+    if (threadIdx.x == 0) shared.found = coarse;
+}
+
+// Sums of 128 bins each, told to all blocks.
+__device__ void sum_bins(Shared& shared, int blocks, int block) {
+    static_assert(kThreads == 4 * kCoarse && kFine == 4 * 32, "four threads a sum, 32 bins a thread");
+    const uint4* from = reinterpret_cast<const uint4*>(shared.count) + threadIdx.x * 8;
+    uint32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const uint4 x = from[(i + threadIdx.x) & 7];  // turned, against bank conflicts
+        sum += x.x + x.y + x.z + x.w;
+    }
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
+    for (int other = threadIdx.x & 3; other < blocks; other += 4) {
+        uint32_t* to = &shared.coarse[block][threadIdx.x >> 2];
+        if (blocks == 1) {
+            *to = sum;
+        } else {
+            store_to_block(to, other, sum);
         }
     }
-    const int at = 3 - (mine.bin & 3);
-    mine.ties_before = at == 0 ? before[0] : at == 1 ? before[1] : at == 2 ? before[2] : before[3];
-    const int owner = __ffs(reached) - 1;
-    found.bin = __shfl_sync(~0u, mine.bin, owner);
-    found.above = __shfl_sync(~0u, mine.above, owner);
-    found.above_before = __shfl_sync(~0u, mine.above_before, owner);
-    found.ties_before = __shfl_sync(~0u, mine.ties_before, owner);
-    return true;
 }
 
 __device__ __forceinline__ uint32_t bin_of(uint32_t key) {
     return key >> 1 & (kBins - 1);
 }
 
-// Bits of eight keys, those in bins [least, most).
-__device__ __forceinline__ uint32_t keys_between(const uint4& keys, uint32_t least, uint32_t most) {
-    const uint32_t word[4] = {keys.x, keys.y, keys.z, keys.w};
-    uint32_t bits = 0;
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const uint32_t bin = (i & 1 ? word[i / 2] >> 17 : word[i / 2] >> 1) & (kBins - 1);
-        if (bin - least < most - least) bits |= 1u << i;
+// The vectors of eight keys that a warp looks at, and which of their keys are candidates.
+struct Part {
+    const uint4* vectors;
+    int origin;       // the block's first vector: places count from it
+    int begin, end;   // vectors
+    int first, last;  // candidates
+
+    __device__ __forceinline__ uint32_t candidate_bits(int vector) const {
+        uint32_t bits = 0xff;
+        if (vector * 8 < first) bits &= 0xff << (first - vector * 8);
+        if (vector * 8 + 8 > last) bits &= 0xff >> (vector * 8 + 8 - last);
+        return bits;
     }
-    return bits;
+};
+
+// Of eight keys, the bits of those that are at least `bound`; all are float16 numbers and positive.
+__device__ __forceinline__ uint32_t keys_from(const uint4& keys, uint32_t bound) {
+    const auto mask = [&](uint32_t pair) {
+        return __hge2_mask(*reinterpret_cast<const __half2*>(&pair), *reinterpret_cast<const __half2*>(&bound));
+    };
+    const uint32_t bits = (mask(keys.x) & 0x00020001u) | (mask(keys.y) & 0x00080004u) | (mask(keys.z) & 0x00200010u) |
+                          (mask(keys.w) & 0x00800040u);
+    return (bits | bits >> 16) & 0xff;
 }
 
-// Sum of a thread's 32 counters, turned against bank conflicts.
-__device__ __forceinline__ uint32_t own_counters(const uint32_t* count, int own) {
-    const uint4* from = reinterpret_cast<const uint4*>(count + own * kOwnBins);
-    uint32_t sum = 0;
+// Collect a warp's candidates in bins [least, most), in order; with `counted`, into the histogram too.  Returns their
+// number, of which at most `capacity` are held.
+__device__ uint32_t collect(const Part& part, uint32_t least, uint32_t most, bool counted, uint32_t* held,
+                            uint32_t capacity, Shared& shared) {
+    const int lane = threadIdx.x & 31;
+    const uint32_t low = least << 1 | least << 17, high = most << 1 | most << 17;
+    uint32_t collected = 0;
+    for (int base = part.begin; base < part.end; base += 32 * kAhead) {
+        uint4 keys[kAhead];
 #pragma unroll
-    for (int i = 0; i < kOwnBins / 4; i++) {
-        const uint4 x = from[(i + threadIdx.x) & (kOwnBins / 4 - 1)];
-        sum += x.x + x.y + x.z + x.w;
+        for (int v = 0; v < kAhead; v++) {
+            const int at = base + v * 32 + lane;
+            keys[v] = at < part.end ? __ldg(part.vectors + at) : make_uint4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int v = 0; v < kAhead; v++) {
+            const int at = base + v * 32 + lane;
+            uint32_t wanted = 0;
+            if (at < part.end) {
+                wanted = keys_from(keys[v], low) & part.candidate_bits(at);
+                if (most < kBins) wanted &= ~keys_from(keys[v], high);
+            }
+            const uint32_t until = collected + inclusive_warp_sum(__popc(wanted));
+            uint32_t place = until - __popc(wanted);
+            for (; wanted; wanted &= wanted - 1) {
+                const int i = __ffs(wanted) - 1;
+                const uint32_t front = i & 2 ? keys[v].y : keys[v].x, back = i & 2 ? keys[v].w : keys[v].z;
+                const uint32_t word = i & 4 ? back : front, bin = bin_of(i & 1 ? word >> 16 : word);
+                const uint32_t offset = (at - part.origin) * 8 + i;
+                if (counted) atomicAdd(&shared.count[bin], 1u);
+                if (place < capacity) held[place++] = bin << kOffsetBits | (offset & kOffsets);
+            }
+            collected = __shfl_sync(~0u, until, 31);
+        }
     }
-    return sum;
-}
-
-// A bin that very likely holds, with all above it, at least the budget of a row's keys, and not many more.  `count` is
-// zero before and after.  All threads must call it.
-__device__ uint32_t sample_bound(const uint16_t* keys, int first, uint32_t among, uint32_t budget, uint32_t* count,
-                                 Shared& shared) {
-    constexpr int kOwn = kSamples / kThreads;
-    uint32_t bin[kOwn];
-#pragma unroll
-    for (int i = 0; i < kOwn; i++) {
-        const uint32_t sample = threadIdx.x * kOwn + i;
-        bin[i] = bin_of(__ldg(keys + first + static_cast<uint32_t>(static_cast<uint64_t>(sample) * among / kSamples)));
-    }
-#pragma unroll
-    for (int i = 0; i < kOwn; i++) atomicAdd(&count[bin[i]], 1u);
-    // Five standard deviations more than the budget's share of the sample.
-    const float share = static_cast<float>(budget) / among * kSamples;
-    const uint32_t wanted = static_cast<uint32_t>(share + 5.f * sqrtf(share)) + 8;
-    if (threadIdx.x == 0) shared.bound = 0;
-    __syncthreads();
-    const int own = kThreads - 1 - static_cast<int>(threadIdx.x);
-    const uint32_t sum = own_counters(count, own);
-    uint32_t total, above = exclusive_scan(sum, shared.scan, total);
-    if (above < wanted && above + sum >= wanted) {
-        int last = (own + 1) * kOwnBins;
-        while (above < wanted) above += count[--last];
-        shared.bound = last;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kOwn; i++) count[bin[i]] = 0;
-    const uint32_t bound = shared.bound;
-    __syncthreads();
-    return bound;
+    __syncwarp();
+    return collected;
 }
 
 struct List {
@@ -190,13 +246,92 @@ struct List {
     }
     // This block's part of the positions [first, last), from `place` on.
     __device__ void put_all(uint32_t place, int first, int last, int blocks, int block) const {
-        for (int p = first + block * kThreads + threadIdx.x; p < last; p += blocks * kThreads) put(place + p - first, p);
+        for (int p = first + block * kThreads + threadIdx.x; p < last; p += blocks * kThreads)
+            put(place + p - first, p);
     }
 };
 
+// How many of a warp's collected tokens are above the threshold (lower half) or at it (upper half).
+__device__ uint32_t count_collected(const uint32_t* held, uint32_t count, uint32_t threshold) {
+    uint32_t above = 0, tied = 0;
+    for (uint32_t base = 0; base < count; base += 32) {
+        const uint32_t own = base + (threadIdx.x & 31);
+        const uint32_t bin = own < count ? held[own] >> kOffsetBits : 0;
+        above += __popc(__ballot_sync(~0u, own < count && bin > threshold));
+        tied += __popc(__ballot_sync(~0u, own < count && bin == threshold));
+    }
+    return above | tied << 16;
+}
+
+// Where a warp's next token goes, and how many it may still take of those at the threshold.
+struct Progress {
+    uint32_t place, ties_left;
+};
+
+// List a warp's collected tokens that are above the threshold or the first at it.
+__device__ void put_collected(const List& list, int origin, const uint32_t* held, uint32_t count, uint32_t threshold,
+                              Progress& progress) {
+    const uint32_t below = (1u << (threadIdx.x & 31)) - 1;  // lanes before this one
+    for (uint32_t base = 0; base < count; base += 32) {
+        const uint32_t own = base + (threadIdx.x & 31);
+        const uint32_t entry = own < count ? held[own] : 0, bin = entry >> kOffsetBits;
+        const uint32_t tied = __ballot_sync(~0u, own < count && bin == threshold);
+        const bool first_tied = own < count && bin == threshold && __popc(tied & below) < progress.ties_left;
+        const bool taken = own < count && (bin > threshold || first_tied);
+        const uint32_t all = __ballot_sync(~0u, taken);
+        if (taken) {
+            list.put(progress.place + __popc(all & below), origin * 8 + (static_cast<int>(entry & kOffsets)));
+        }
+        progress.place += __popc(all);
+        progress.ties_left -= min(progress.ties_left, __popc(tied));
+    }
+}
+
+// Sum over the block of a number that all lanes of a warp share; `turn` counts the calls.
+__device__ __forceinline__ uint32_t block_sum(uint32_t value, int turn, Shared& shared) {
+    uint32_t* counts = shared.warp_count[turn & 1];
+    if ((threadIdx.x & 31) == 0) counts[threadIdx.x >> 5] = value;
+    __syncthreads();
+    return __reduce_add_sync(~0u, (threadIdx.x & 31) < kWarps ? counts[threadIdx.x & 31] : 0);
+}
+
+// A bin that very likely holds, with all above it, at least the budget of a row's keys, and not many more.  All threads
+// must call it.
+__device__ uint32_t sample_bound(const uint16_t* samples, int first, int last, uint32_t among, uint32_t budget,
+                                 Shared& shared) {
+    const int from = (first + kSampleTokens - 1) / kSampleTokens, exist = last / kSampleTokens - from;
+    if (exist < kLeastSamples) return 0;
+    constexpr int kOwn = kMostSamples / kThreads;
+    const int taken = min(exist, kMostSamples);
+    const float step = static_cast<float>(exist) / taken;
+    uint32_t bin[kOwn];
+#pragma unroll
+    for (int i = 0; i < kOwn; i++) {
+        const int sample = i * kThreads + threadIdx.x;
+        bin[i] = sample < taken ? bin_of(__ldg(samples + from + static_cast<int>(sample * step))) : 0;
+    }
+    // Four standard deviations more than the budget's share of the sample.
+    const float share = static_cast<float>(budget) / among * taken;
+    const uint32_t wanted = static_cast<uint32_t>(share + 4.f * sqrtf(share)) + 4;
+    uint32_t bound = 0;
+    constexpr int kLowest = 2;  // finer bits are not worth their time
+#pragma unroll 1
+    for (int bit = kBins / 2, turn = 0; bit >= 1 << kLowest; bit /= 2, turn++) {
+        uint32_t count = 0;
+#pragma unroll
+        for (int i = 0; i < kOwn; i++) count += __popc(__ballot_sync(~0u, bin[i] >= bound + bit));
+        if (block_sum(count, turn, shared) >= wanted) bound += bit;
+    }
+    return bound;
+}
+
 __global__ __launch_bounds__(kThreads, 2) void select_kernel(const __grid_constant__ Arguments a) {
-    extern __shared__ __align__(16) uint32_t count[];  // [kBins]
-    __shared__ __align__(16) Shared shared;
+    extern __shared__ __align__(16) char dynamic[];
+    Shared& shared = *reinterpret_cast<Shared*>(dynamic);
+    for (int i = threadIdx.x; i < kBins / 4; i += kThreads) {
+        reinterpret_cast<uint4*>(shared.count)[i] = make_uint4(0, 0, 0, 0);
+    }
+    wait_for_previous_kernel();
     const int blocks = gridDim.x, block = blockIdx.x;
     const Item item = a.item[blockIdx.z];
     if (item.mode != kItemSparse) return;
@@ -212,139 +347,115 @@ __global__ __launch_bounds__(kThreads, 2) void select_kernel(const __grid_consta
     }
     const uint32_t fixed_before = first - candidates.visible, fixed = fixed_before + item.length - last;
     if (block == 0 && threadIdx.x == 0) a.listed[index] = min(fixed + budget, static_cast<uint32_t>(a.list_stride));
-    if (budget == 0) {
+    const auto list_fixed = [&] {
         list.put_all(0, candidates.visible, first, blocks, block);
-        list.put_all(fixed_before, last, item.length, blocks, block);
+        list.put_all(fixed_before + budget, last, item.length, blocks, block);
+    };
+    if (budget == 0) {
+        list_fixed();
         return;
     }
+    __syncthreads();  // the histogram is zero
 
-    // This block's keys: vectors [begin, end) of eight.
     const uint16_t* row = a.score_key + index * a.key_stride;
-    const uint4* vectors = reinterpret_cast<const uint4*>(row);
-    const int first_vector = first / 8, last_vector = (last + 7) / 8;
-    const int share = (last_vector - first_vector + blocks - 1) / blocks;
-    const int begin = min(last_vector, first_vector + block * share), end = min(last_vector, begin + share);
-    // Bits of a vector whose keys are candidates: all, but in the first and the last one.
-    const auto candidate_bits = [&](int vector) {
-        uint32_t bits = 0xff;
-        if (vector * 8 < first) bits &= 0xff << (first - vector * 8);
-        if (vector * 8 + 8 > last) bits &= 0xff >> (vector * 8 + 8 - last);
-        return bits;
-    };
-    for (int i = threadIdx.x; i < kBins / 4; i += kThreads) {
-        reinterpret_cast<uint4*>(count)[i] = make_uint4(0, 0, 0, 0);
-    }
-    __syncthreads();
+    const int first_vector = first / 8, last_vector = (last + 7) / 8, warp = threadIdx.x >> 5;
+    const int share = ((last_vector - first_vector + blocks - 1) / blocks + kWarps - 1) / kWarps;  // a warp's
+    Part part{reinterpret_cast<const uint4*>(row), 0, 0, 0, first, last};
+    part.origin = min(last_vector, first_vector + block * share * kWarps);
+    part.begin = min(last_vector, part.origin + warp * share);
+    part.end = min(last_vector, part.begin + share);
+    const uint32_t capacity = a.select_capacity / kWarps;
+    uint32_t* held = shared.collected + warp * capacity;
     uint32_t least = 0, most = kBins;
-    if (share * 8 > kSamples) least = sample_bound(row, first, among, budget, count, shared);
-
-    while (true) {
-        for (int base = begin; base < end; base += kVectors * kThreads) {
-            uint4 keys[kVectors];
-#pragma unroll
-            for (int v = 0; v < kVectors; v++) {
-                const int at = base + v * kThreads + threadIdx.x;
-                keys[v] = at < end ? __ldg(vectors + at) : make_uint4(0, 0, 0, 0);
-            }
-#pragma unroll
-            for (int v = 0; v < kVectors; v++) {
-                const int at = base + v * kThreads + threadIdx.x;
-                if (at >= end) continue;
-                uint32_t bits = keys_between(keys[v], least, most) & candidate_bits(at);
-                for (; bits; bits &= bits - 1) {
-                    const int i = __ffs(bits) - 1;
-                    const uint32_t low = i & 2 ? keys[v].y : keys[v].x, high = i & 2 ? keys[v].w : keys[v].z;
-                    const uint32_t word = i & 4 ? high : low;
-                    atomicAdd(&count[bin_of(i & 1 ? word >> 16 : word)], 1u);
-                }
-            }
-        }
+    if (share * kWarps * 8 > kLeastTokens) {
+        least = sample_bound(a.sample_key + index * (a.key_stride / kSampleTokens), first, last, among, budget, shared);
+    }
+    if (threadIdx.x == 0) shared.incomplete = share * kWarps * 8 > 1 << kOffsetBits;
+    __syncthreads();
+    arrive_at_cluster();
+    uint32_t collected;
+    for (int round = 0; round < 2; round++) {
+        collected = collect(part, least, most, true, held, capacity, shared);
+        if (collected > capacity || most < kBins) shared.incomplete = 1;
         __syncthreads();
-        {
-            static_assert(kThreads == 4 * kCoarse, "four threads a sum");
-            uint32_t sum = own_counters(count, threadIdx.x);
-            sum += __shfl_xor_sync(~0u, sum, 1);
-            sum += __shfl_xor_sync(~0u, sum, 2);
-            if ((threadIdx.x & 3) == 0) shared.coarse[threadIdx.x >> 2] = sum;
-        }
+        wait_for_cluster();  // all have begun, and none is still looking
+        sum_bins(shared, blocks, block);
         __syncthreads();
         arrive_at_cluster();
+        if (most == kBins) list_fixed();
         wait_for_cluster();
-        if (threadIdx.x < 32) {
-            Found coarse, fine;
-            const bool enclosed = find_bin(shared.coarse, blocks, block, budget, coarse);
-            if (enclosed) {
-                find_bin(count + coarse.bin * kFine, blocks, block, budget - coarse.above, fine);
-                if (threadIdx.x == 0) {
-                    shared.found = Found{coarse.bin * kFine + fine.bin, coarse.above + fine.above,
-                                         coarse.above_before + fine.above_before, fine.ties_before};
-                }
-            }
-            if (threadIdx.x == 0) shared.enclosed = enclosed;
-        }
+        if (threadIdx.x < 32) find_threshold(shared, blocks, block, budget);
         __syncthreads();
         arrive_at_cluster();
-        if (shared.enclosed) break;
-        wait_for_cluster();
+        if (shared.found.enclosed) break;
         most = least;  // the sample misled: count all others too
         least = 0;
     }
 
+    // A warp's part of the list is what it has collected; where that was too much to be held, it collects once more, so
+    // many vectors at a time as can be held in any case: first to count, then to list.
     const Found found = shared.found;
-    const uint32_t ties = budget - found.above, ties_before = min(found.ties_before, ties), own_ties = ties - ties_before;
-    const uint32_t start = fixed_before + found.above_before + ties_before;
-    list.put_all(0, candidates.visible, first, blocks, block);
-    list.put_all(fixed_before + budget, last, item.length, blocks, block);
-    uint32_t listed_above = 0, seen_ties = 0;
-    for (int base = begin; base < end; base += kVectors * kThreads) {
-        const int own = base + threadIdx.x * kVectors;
-        uint4 keys[kVectors];
-#pragma unroll
-        for (int v = 0; v < kVectors; v++) keys[v] = own + v < end ? __ldg(vectors + own + v) : make_uint4(0, 0, 0, 0);
-        uint32_t above = 0, tied = 0;  // a bit for each key
-#pragma unroll
-        for (int v = 0; v < kVectors; v++) {
-            if (own + v >= end) continue;
-            const uint32_t wanted = candidate_bits(own + v);
-            above |= (keys_between(keys[v], found.bin + 1, kBins) & wanted) << (v * 8);
-            tied |= (keys_between(keys[v], found.bin, found.bin + 1) & wanted) << (v * 8);
+    const bool complete = !shared.incomplete;
+    const int piece_vectors = complete ? share : static_cast<int>(capacity / 8), lane = threadIdx.x & 31;
+    Progress progress{0, 0};
+    uint32_t own_above = 0, own_tied = 0;
+    for (int phase = 0; phase < 2; phase++) {
+        for (int begin = part.begin; begin < part.end; begin += piece_vectors) {
+            Part piece = part;
+            if (!complete) {
+                piece.origin = piece.begin = begin;
+                piece.end = min(part.end, begin + piece_vectors);
+                collected = collect(piece, found.bin, kBins, false, held, capacity, shared);
+            }
+            if (phase == 0) {
+                const uint32_t own = count_collected(held, collected, found.bin);
+                own_above += own & 0xffff;
+                own_tied += own >> 16;
+            } else {
+                put_collected(list, piece.origin, held, collected, found.bin, progress);
+            }
+            __syncwarp();
         }
-        uint32_t total;
-        const uint32_t before = exclusive_scan(__popc(above) | __popc(tied) << 16, shared.scan, total);
-        uint32_t rank = seen_ties + (before >> 16);
-        uint32_t place = start + listed_above + (before & 0xffff) + min(rank, own_ties);
-        for (uint32_t bits = above | tied; bits; bits &= bits - 1) {
-            const int bit = __ffs(bits) - 1;
-            if (tied >> bit & 1 && rank++ >= own_ties) continue;
-            list.put(place++, own * 8 + bit);
-        }
-        listed_above += total & 0xffff;
-        seen_ties += total >> 16;
+        if (phase == 1) break;
+        if (lane == 0) shared.warp_count[0][warp] = own_above, shared.warp_count[1][warp] = own_tied;
+        __syncthreads();
+        // What comes before: the fixed tokens, other blocks' and other warps'.
+        const uint32_t above = __reduce_add_sync(~0u, lane < warp ? shared.warp_count[0][lane] : 0);
+        const uint32_t tied = __reduce_add_sync(~0u, lane < warp ? shared.warp_count[1][lane] : 0);
+        const uint32_t ties = budget - found.above, ties_before = min(found.ties_before + tied, ties);
+        progress = Progress{fixed_before + found.above_before + above + ties_before, ties - ties_before};
     }
     wait_for_cluster();
 }
 
 }  // namespace
 
+int plan_select_capacity(const Device& device) {
+    return device.shared_memory >= 160 * 1024 ? 11 * 1024 : 4 * 1024;  // two blocks a multiprocessor, or one
+}
+
 int plan_select(const Arguments& a, const Device& device) {
     int blocks = 1;
     if (device.architecture < 90) return blocks;
     const int64_t heads = static_cast<int64_t>(a.items) * a.select_heads;
-    while (blocks < kMaxBlocks && heads * blocks * 2 <= 2 * device.multiprocessors &&
-           a.max_length / (blocks * 2) >= kLeastTokens) {
+    // What the sample lets through, with some room for warps that get more than their share.
+    const double budget = static_cast<double>(a.list_stride) / a.max_length;
+    const double collected = 1.25 * (budget + 4 * std::sqrt(budget / kMostSamples)) * a.max_length;
+    // Clusters must find room in one part of the GPU: one block a multiprocessor leaves them enough.
+    while (blocks < kMaxBlocks && a.max_length / (blocks * 2) >= kLeastTokens &&
+           (heads * blocks * 2 <= device.multiprocessors || collected / blocks > a.select_capacity)) {
         blocks *= 2;
     }
     return blocks;
 }
 
 cudaError_t launch_select(const Arguments& a, cudaStream_t stream) {
-    constexpr int kSharedBytes = kBins * sizeof(uint32_t);
-    const cudaError_t status =
-        cudaFuncSetAttribute(select_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    const size_t bytes = sizeof(Shared) + a.select_capacity * sizeof(uint32_t);
+    const cudaError_t status = set_up(select_kernel, bytes);
     if (status != cudaSuccess) return status;
-    Launch launch(dim3(a.select_blocks, a.select_heads, a.items), dim3(kThreads), kSharedBytes, stream);
+    Launch launch(dim3(a.select_blocks, a.select_heads, a.items), dim3(kThreads), bytes, stream);
     if (a.select_blocks > 1) launch.cluster(a.select_blocks);
-    return launch(select_kernel, a);
+    return launch.overlapped(a.overlapped)(select_kernel, a);
 }
 
 }  // namespace socket_trt

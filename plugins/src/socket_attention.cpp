@@ -150,7 +150,7 @@ int plan_splits(const Device& device, int64_t sets, int64_t tokens, int least) {
     const int64_t wanted = 2 * device.multiprocessors / sets;
     const int64_t most = (tokens + least - 1) / least;
     const int64_t splits = wanted < most ? wanted : most;
-    return static_cast<int>(splits < 1 ? 1 : splits > 64 ? 64 : splits);
+    return static_cast<int>(splits < 1 ? 1 : splits > kMaxSplits ? kMaxSplits : splits);
 }
 
 // Hands out the workspace piece by piece; with a null base it only counts.
@@ -187,6 +187,8 @@ int32_t make_plan(const SocketTrtAttentionParams& p, const Device& device, Plan&
     a.items = a.items_are_tokens ? p.tokens : p.sequences;
     a.sparse = p.min_length < a.max_length;
     a.select_heads = p.selection == SOCKET_TRT_KV_HEAD ? p.kv_heads : p.query_heads;
+    a.combined = a.sparse && a.select_heads == p.query_heads;
+    a.overlapped = device.architecture >= 90;
     a.prefill_tiles = a.items_are_tokens ? 0 : p.tokens / kPrefillRows + p.sequences;
 
     const int64_t length = a.max_length;
@@ -200,6 +202,7 @@ int32_t make_plan(const SocketTrtAttentionParams& p, const Device& device, Plan&
 
     if (a.sparse && a.items > 0) {
         plan.score = plan_score(a, device);
+        a.select_capacity = plan_select_capacity(device);
         a.select_blocks = plan_select(a, device);
     }
     const int64_t selecting = a.sparse ? static_cast<int64_t>(a.items) * a.select_heads : 0;
@@ -211,10 +214,12 @@ int32_t make_plan(const SocketTrtAttentionParams& p, const Device& device, Plan&
     arena.take(a.probability, a.sparse ? heads * p.tables * p.planes_per_table : 0);
     arena.take(a.listed, selecting);
     arena.take(a.score_key, selecting * a.key_stride);
+    arena.take(a.sample_key, selecting * (a.key_stride / kSampleTokens));
     char* partial;
     arena.take(partial, plan.score.partial_bytes);
     a.score_partial = partial;
     arena.take(a.slot, selecting * a.list_stride);
+    arena.take(a.arrived, a.combined ? selecting : 0);
     arena.take(a.partial_output, heads * splits * p.head_size);
     arena.take(a.partial_stats, heads * splits * 2);
     plan.workspace_bytes = arena.used() > 0 ? arena.used() : 256;
@@ -225,15 +230,17 @@ cudaError_t launch_decode(const Arguments& a, const Device& device, bool sparse,
     const int32_t sets = sparse ? a.select_heads : a.p.kv_heads;
     const int32_t together = a.p.query_heads / sets;
     const int32_t split_stride = a.dense_splits > a.sparse_splits ? a.dense_splits : a.sparse_splits;
-    const char* name = sparse ? "decode_sparse" : a.p.page_size >= 64 ? "decode_dense_64" : "decode_dense_16";
+    const char* name = sparse                ? a.combined ? "decode_sparse_alone" : "decode_sparse"
+                       : a.p.page_size >= 64 ? "decode_dense_64"
+                                             : "decode_dense_16";
     const dim3 grid(sparse ? a.sparse_splits : a.dense_splits, sets, a.items);
     const SocketTrtAttentionParams& p = a.p;
     return launch_embedded(
-        name, p.dtype, p.head_size, device, grid, stream,
-        {&p.query,      &p.key_cache,      &p.value_cache,   &p.page_table, &a.item,    &a.slot,
-         &a.listed,     &a.partial_output, &a.partial_stats, &p.scale,      &p.softcap, &p.sliding_window,
-         &p.tokens,     &p.query_heads,    &p.kv_heads,      &together,     &p.pages,   &p.pages_per_sequence,
-         &a.page_shift, &a.list_stride,    &split_stride});
+        name, p.dtype, p.head_size, device, grid, a.overlapped != 0, stream,
+        {&p.query,   &p.key_cache,          &p.value_cache,   &p.page_table,  &a.item,      &a.slot,
+         &a.listed,  &a.partial_output,     &a.partial_stats, &a.arrived,     &p.output,    &p.scale,
+         &p.softcap, &p.sliding_window,     &p.tokens,        &p.query_heads, &p.kv_heads,  &together,
+         &p.pages,   &p.pages_per_sequence, &a.page_shift,    &a.list_stride, &split_stride});
 }
 
 cudaError_t launch_prefill(const Arguments& a, const Device& device, cudaStream_t stream) {
@@ -243,7 +250,7 @@ cudaError_t launch_prefill(const Arguments& a, const Device& device, cudaStream_
                        : capped          ? "prefill_16_capped"
                                          : "prefill_16";
     return launch_embedded(
-        name, p.dtype, p.head_size, device, dim3(p.query_heads, a.prefill_tiles), stream,
+        name, p.dtype, p.head_size, device, dim3(p.query_heads, a.prefill_tiles), false, stream,
         {&p.query, &p.key_cache, &p.value_cache, &p.page_table, &a.prefill_tile, &p.output, &p.scale, &p.softcap,
          &p.sliding_window, &p.tokens, &p.query_heads, &p.kv_heads, &p.pages, &p.pages_per_sequence, &a.page_shift});
 }
@@ -271,7 +278,7 @@ int32_t run(const Plan& plan, const Device& device, cudaStream_t stream) {
          [](const Plan& x, const Device& d, cudaStream_t s) { return launch_decode(x.arguments, d, true, s); }},
         {"dense decode", (stages & SOCKET_TRT_STAGE_ATTEND) != 0 && dense,
          [](const Plan& x, const Device& d, cudaStream_t s) { return launch_decode(x.arguments, d, false, s); }},
-        {"combine", (stages & SOCKET_TRT_STAGE_COMBINE) != 0 && a.items > 0,
+        {"combine", (stages & SOCKET_TRT_STAGE_COMBINE) != 0 && a.items > 0 && (dense || !a.combined),
          [](const Plan& x, const Device&, cudaStream_t s) { return launch_combine(x.arguments, s); }},
     };
     for (const auto& stage : order) {
