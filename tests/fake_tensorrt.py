@@ -300,7 +300,8 @@ class Context:
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
-        if self.fail:
+        capturing = self.engine.trt.driver.streams[int(stream)] is not None
+        if self.fail or (capturing and self.engine.trt.refuse == "capture"):
             return False
         assert self.device_memory
         if self.profiler is not None:

@@ -90,6 +90,19 @@ def test_the_least_used_graph_makes_room(machine: FakeMachine, monkeypatch: pyte
     assert not trt.driver.graphs
 
 
+def test_steps_that_cannot_be_captured_run_all_the_same(machine: FakeMachine, caplog: pytest.LogCaptureFixture) -> None:
+    trt = machine.install()
+    trt.refuse = "capture"
+    session = TensorRTSession(machine.compiled(), random_weights=True)
+    batch = decode_batch(session, Case(1, 40), seed=0)
+    expected = session.step(batch)
+    assert np.array_equal(session.step(batch), expected)
+    assert "not replayed as a graph" in caplog.text
+    assert len(caplog.records) == 1
+    assert not trt.driver.graphs
+    session.close()
+
+
 @pytest.mark.parametrize(
     ("longest", "width"), [(1, 1), (16, 1), (17, 2), (33, 4), (64, 4), (65, 8), (257, 32), (512, 32)]
 )

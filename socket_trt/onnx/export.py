@@ -202,7 +202,7 @@ def _rename_dimensions(model: ir.Model, layers: int) -> None:
     for node in model.graph:
         for value in node.outputs:  # the exporter's own symbols inside the graph would clash with the new ones
             if not value.is_graph_output() and value.shape is not None and not value.shape.is_static():
-                value.shape = None
+                value.shape = ir.Shape([dim if isinstance(dim, int) else None for dim in value.shape])
 
 
 @contextlib.contextmanager

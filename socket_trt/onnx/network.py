@@ -43,7 +43,7 @@ def network_graph(model: ir.Model, opset17: bool = False) -> NetworkGraph:
     model.functions.clear()
     if opset17 and model.graph.opset_imports[""] > 17:
         lower_to_opset17(model)
-    _square_by_product(model.graph)
+    _powers_by_products(model.graph)
     weights = _weights_to_inputs(model.graph)
     transposed = [name for weight in weights for name in _lead_with_one(model.graph, weight)]
     values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
@@ -69,21 +69,32 @@ def embedded_graph(model: ir.Model, opset17: bool = False) -> NetworkGraph:
     return graph
 
 
-def _square_by_product(graph: ir.Graph) -> None:
-    """x^2 as x * x: exact for negative x on every backend, and cheaper."""
+def _powers_by_products(graph: ir.Graph) -> None:
+    """x^2 and x^3 as products: right for negative x on every backend, and cheaper."""
     for node in list(graph):
         if node.op_type != "Pow" or node.domain not in ("", "ai.onnx"):
             continue
         base, exponent = node.inputs
         constant = ir.convenience.get_const_tensor(exponent) if exponent is not None else None
-        if base is None or constant is None or constant.size != 1 or constant.numpy().item() != 2:
+        power = constant.numpy().item() if constant is not None and constant.size == 1 else 0
+        if base is None or power not in (2, 3):
             continue
-        product = ir.node("Mul", [base, base], name=node.name)
-        old, new = node.outputs[0], product.outputs[0]
-        new.name, new.type, new.shape = old.name, old.type, old.shape
-        graph.insert_after(node, product)
-        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        old = node.outputs[0]
+        product = _multiply(graph, node, base, base, old)
+        if power == 3:
+            product.name, product.outputs[0].name = f"{node.name}/square", f"{old.name}/square"
+            product = _multiply(graph, product, product.outputs[0], base, old)
+        product.name = node.name
+        product.outputs[0].name = old.name
+        ir.convenience.replace_all_uses_with(old, product.outputs[0], replace_graph_outputs=True)
         graph.remove(node, safe=True)
+
+
+def _multiply(graph: ir.Graph, after: ir.Node, one: ir.Value, other: ir.Value, like: ir.Value) -> ir.Node:
+    node = ir.node("Mul", [one, other])
+    node.outputs[0].type, node.outputs[0].shape = like.type, like.shape
+    graph.insert_after(after, node)
+    return node
 
 
 def _weights_to_inputs(graph: ir.Graph) -> list[ir.Value]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections import OrderedDict
 from typing import Any, Protocol, TypeVar
 
@@ -24,6 +25,7 @@ from socket_trt.runtime.cuda import Device, DeviceBuffer, Event, Graph, OutOfGpu
 from socket_trt.runtime.device_weights import DeviceWeights, fill_randomly, load_weights, weight_bytes
 from socket_trt.runtime.session import FloatArray, Session, SessionLimits, StepBatch
 
+_LOG = logging.getLogger("socket_trt.tensorrt")
 # Left free for what the driver and TensorRT allocate on their own: kernels, graphs, contexts.
 RESERVE_BYTES = 1 << 30
 MAX_DECODE_CONTEXTS = 32
@@ -60,10 +62,11 @@ class StepShape:
 
 @dataclasses.dataclass
 class _Decoder:
-    """Decode steps of one shape: their context, and its graph once the first step has run."""
+    """Decode steps of one shape: their context, and its graph once the first step has run and could be captured."""
 
     context: Any
     graph: Graph | None = None
+    capturable: bool = True
 
 
 class TensorRTSession(Session):
@@ -222,12 +225,19 @@ class TensorRTSession(Session):
             decoder.graph.launch(self._stream)
         self._ended.record(self._stream)
         self._stream.synchronize()
-        if decoder is not None and decoder.graph is None:
-            # Now that the context has seen the shape: capturing runs nothing.
-            decoder.graph = self._stream.capture(lambda: self._enqueue(decoder.context, shape))
+        if decoder is not None and decoder.graph is None and decoder.capturable:
+            self._capture(decoder, shape)
         rows = self._logits_host.bytes[: 4 * shape.rows * self._limits.vocabulary_size]
         logits: FloatArray = rows.view(np.float32).reshape(shape.rows, -1).copy()
         return logits
+
+    def _capture(self, decoder: _Decoder, shape: StepShape) -> None:
+        """Make the graph of a decode shape, now that its context has seen the shape; capturing runs nothing."""
+        try:
+            decoder.graph = self._stream.capture(lambda: self._enqueue(decoder.context, shape))
+        except EngineError as error:
+            decoder.capturable = False
+            _LOG.warning("decode steps of %d rows are not replayed as a graph, and slower: %s", shape.rows, error)
 
     def profile(self, batch: StepBatch, runs: int = 5) -> list[tuple[str, float]]:
         """Milliseconds of each layer of the plan in a decode step, mean of `runs`, in the order of execution.
