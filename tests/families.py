@@ -67,9 +67,29 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def save_checkpoint(name: str, directory: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
-    """A checkpoint of `CONFIGS[name]` with tokenizer; `options` go to save_pretrained (max_shard_size, ...)."""
-    config = AutoConfig.for_model(**_SHAPE | CONFIGS[name])
+# Head sizes that the CUDA kernels have: 64 instead of 24 and 32.
+GPU_CHANGES: dict[str, dict[str, Any]] = {
+    name: {"hidden_size": 256, "intermediate_size": 320} | ({"head_dim": 64} if "head_dim" in config else {})
+    for name, config in CONFIGS.items()
+}
+GPU_CHANGES["gemma2"]["query_pre_attn_scalar"] = 48
+GPU_CHANGES["phi3-longrope"]["rope_scaling"] = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + 0.01 * i for i in range(32)],
+    "long_factor": [1.0 + 0.5 * i for i in range(32)],
+}
+
+
+def save_checkpoint(
+    name: str,
+    directory: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    changes: dict[str, Any] | None = None,
+    **options: Any,
+) -> Path:
+    """A checkpoint of `CONFIGS[name]` with `changes`, and a tokenizer; `options` go to save_pretrained."""
+    config = AutoConfig.for_model(**_SHAPE | CONFIGS[name] | (changes or {}))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
