@@ -106,26 +106,25 @@ __device__ __forceinline__ int attended_budget(const Arguments& a, int length) {
     return max(a.p.budget_tokens, static_cast<int>(share));
 }
 
+// Sum over the warp's lanes up to this one.
+__device__ __forceinline__ uint32_t inclusive_warp_sum(uint32_t value) {
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        const uint32_t below = __shfl_up_sync(~0u, value, step);
+        if ((threadIdx.x & 31) >= step) value += below;
+    }
+    return value;
+}
+
 // Sum over the threads before this one, and the block's total; `scratch` holds 33 words.  All threads must call it.
 __device__ __forceinline__ uint32_t exclusive_scan(uint32_t value, uint32_t* scratch, uint32_t& total) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
-    uint32_t sum = value;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const uint32_t below = __shfl_up_sync(~0u, sum, step);
-        if (lane >= step) sum += below;
-    }
+    const uint32_t sum = inclusive_warp_sum(value);
     __syncthreads();  // scratch may still be read from a scan before
     if (lane == 31) scratch[warp] = sum;
     __syncthreads();
     if (warp == 0) {
-        uint32_t part = lane < warps ? scratch[lane] : 0;
-        const uint32_t own = part;
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            const uint32_t below = __shfl_up_sync(~0u, part, step);
-            if (lane >= step) part += below;
-        }
+        const uint32_t own = lane < warps ? scratch[lane] : 0, part = inclusive_warp_sum(own);
         scratch[lane] = part - own;
         if (lane == 31) scratch[32] = part;
     }

@@ -96,13 +96,7 @@ __device__ Share find_share(const Arguments& a, int slots, int slot) {
     for (int base = 0; base < a.items; base += 32) {
         const uint32_t weight = weight_of(base + lane);
         const uint32_t parts = weight > 0 ? 1 + static_cast<uint32_t>(others * weight / total) : 0;
-        uint32_t until = parts;
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            const uint32_t below = __shfl_up_sync(~0u, until, step);
-            if (lane >= step) until += below;
-        }
-        until += before;
+        const uint32_t until = before + inclusive_warp_sum(parts);
         const uint32_t mine = __ballot_sync(~0u, until > static_cast<uint32_t>(slot));
         if (mine) {
             const int owner = __ffs(mine) - 1;

@@ -85,15 +85,6 @@ __device__ __forceinline__ void store_to_block(uint32_t* word, int block, uint32
 #endif
 }
 
-__device__ __forceinline__ uint32_t inclusive_warp_sum(uint32_t value) {
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const uint32_t below = __shfl_up_sync(~0u, value, step);
-        if ((threadIdx.x & 31) >= step) value += below;
-    }
-    return value;
-}
-
 // One warp's search in the blocks' 128 counters each, from the highest on, for that in which the `wanted`-th key lies.
 // counters(b): those of block b, as vectors of four that the lane reads one of.
 template <typename Counters>
@@ -280,7 +271,7 @@ __device__ void put_collected(const List& list, int origin, const uint32_t* held
         const bool taken = own < count && (bin > threshold || first_tied);
         const uint32_t all = __ballot_sync(~0u, taken);
         if (taken) {
-            list.put(progress.place + __popc(all & below), origin * 8 + (static_cast<int>(entry & kOffsets)));
+            list.put(progress.place + __popc(all & below), origin * 8 + static_cast<int>(entry & kOffsets));
         }
         progress.place += __popc(all);
         progress.ties_left -= min(progress.ties_left, __popc(tied));
