@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -239,6 +240,16 @@ def test_doctor_reads_what_tools_print(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert environment.nvcc() == "13.0, V13.0.88"
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     assert environment.gpu() is None
+
+
+def test_what_is_logged_goes_to_stderr(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("socket_trt.tensorrt")
+    for options, shown in ((["--log", "debug"], True), ([], False)):
+        assert run(*options, "doctor").code == 0
+        logger.debug("a message of the builder")
+        captured = capfd.readouterr()
+        assert captured.out == ""
+        assert ("socket_trt.tensorrt: a message of the builder" in captured.err) == shown
 
 
 def test_version_and_help(run: Run) -> None:

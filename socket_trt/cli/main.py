@@ -5,7 +5,9 @@ Exit status: 0 done, 1 a validation failed, 2 an error that the user can mend.
 
 from __future__ import annotations
 
+import logging
 import sys
+from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -37,11 +39,31 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+# TensorRT's own INFO messages come at debug, its VERBOSE ones, hundreds of thousands in a build, at trace.
+_LEVELS = {"warning": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG, "trace": 1}
+
+
+def _log(level: str) -> None:
+    """Messages of this package, and what TensorRT tells it, to stderr, each with its time."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    logger = logging.getLogger("socket_trt")
+    logger.handlers = [handler]
+    logger.setLevel(_LEVELS[level])
+
+
 @app.callback()
 def _options(
-    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    log: Annotated[
+        Literal["warning", "info", "debug", "trace"],
+        typer.Option(help="What to log to stderr; debug shows TensorRT's messages, trace its verbose ones."),
+    ] = "warning",
 ) -> None:
     """Options that belong to no command."""
+    _log(log)
 
 
 def main(arguments: list[str] | None = None) -> None:
