@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml | cksum | cut -d' ' -f1)
 DEMO := build/demo
 
-.PHONY: setup demo native test lint typecheck format clean
+.PHONY: setup demo native serving test lint typecheck format clean
 
 setup: $(STAMP)
 
@@ -37,7 +37,17 @@ native: setup
 		echo "WARNING: nvcc is not on PATH: the native library is NOT built, its tests will be skipped" >&2; \
 	fi
 
-test: setup lint typecheck native
+# tritonserver and the Python of its stubs, which needs an older NumPy than the rest.
+SERVING := build/serving
+SERVING_STAMP := $(SERVING)/.installed-$(shell cat serving/requirements.txt | cksum | cut -d' ' -f1)
+serving: $(SERVING_STAMP)
+
+$(SERVING_STAMP):
+	$(PYTHON) -m venv --clear $(SERVING)
+	$(SERVING)/bin/python -m pip install --quiet --no-deps --requirement serving/requirements.txt
+	touch $@
+
+test: setup lint typecheck native serving
 	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 lint: setup

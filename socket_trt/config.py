@@ -195,3 +195,10 @@ def parse_budget(text: str) -> dict[str, int]:
         seen.add(name)
         fields[name] = value
     return fields
+
+
+def parse_numbers(option: str, text: str) -> list[int]:
+    """ "0,1,2" as integers from 0 on.  Raises ConfigError, which names `option`, for anything else."""
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise ConfigError(f"{option} {text}: give numbers separated by commas, such as 0,1")
+    return [int(part) for part in text.split(",")]

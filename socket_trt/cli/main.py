@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from socket_trt import __version__
-from socket_trt.cli import build, doctor, generate, inspect, validate
+from socket_trt.cli import build, deploy, doctor, generate, inspect, validate
 from socket_trt.cli.console import err, out
 from socket_trt.errors import SocketTrtError
 
@@ -26,6 +26,7 @@ app.command("build")(build.build)
 app.command("inspect")(inspect.inspect)
 app.command("validate")(validate.validate)
 app.command("generate")(generate.generate)
+app.command("deploy")(deploy.deploy)
 app.command("doctor")(doctor.doctor)
 
 

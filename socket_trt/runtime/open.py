@@ -13,10 +13,12 @@ from socket_trt.runtime.generator import TextGenerator
 from socket_trt.runtime.session import Session
 
 
-def open_session(engine: EngineDirectory, num_pages: int | None = None) -> Session:
+def open_session(engine: EngineDirectory, num_pages: int | None = None, device: int = 0) -> Session:
     """The session of the backend that the engine was built for.
 
-    `num_pages`: size of the cache's pool; by default a full batch of full sequences fits.
+    num_pages  size of the cache's pool; by default a full batch of full sequences fits
+    device     the GPU to run on, for a backend that runs on one
+
     Raises EngineError or CheckpointError where graph or weights are not what the build left.
     """
     if engine.manifest.backend != "onnxruntime":
@@ -24,6 +26,11 @@ def open_session(engine: EngineDirectory, num_pages: int | None = None) -> Sessi
     from socket_trt.runtime.onnxruntime_session import OnnxRuntimeSession
 
     return OnnxRuntimeSession(engine, num_pages)
+
+
+def runs_on_gpu(engine: EngineDirectory) -> bool:
+    """Whether the engine's session runs on a GPU, and so may be given one."""
+    return engine.manifest.backend == "tensorrt"
 
 
 def load_tokenizer(engine: EngineDirectory) -> Tokenizer:

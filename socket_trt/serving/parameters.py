@@ -1,0 +1,37 @@
+"""What `deploy` writes into a model's config.pbtxt as parameters and the model reads there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from socket_trt.errors import ConfigError
+from socket_trt.serving.loop import LoopOptions
+
+
+class ModelParameters(BaseModel):
+    """How one engine is served; parameters of Triton's model configuration are strings."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")  # the python backend has parameters of its own
+
+    engine: str = Field(description="the engine directory, as the server sees it")
+    num_pages: int | None = Field(None, ge=2, description="pages of the cache, the null page included")
+    max_waiting: int | None = Field(None, ge=1, description="requests that may wait for pages")
+    max_step_tokens: int = Field(2048, ge=3, description="tokens a step may have")
+    max_seconds: float | None = Field(None, gt=0, description="that a request may take")
+
+    @classmethod
+    def create(cls, **values: Any) -> ModelParameters:
+        """`ModelParameters(**values)` with a `ConfigError` of one line where a value is out of its range."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg']} (got {p['input']!r})" for p in error.errors()]
+            raise ConfigError("; ".join(problems)) from None
+
+    def to_config(self) -> dict[str, str]:
+        return {name: str(value) for name, value in self.model_dump(exclude_none=True).items()}
+
+    def loop_options(self) -> LoopOptions:
+        return LoopOptions(self.max_waiting, self.max_step_tokens, self.max_seconds)
