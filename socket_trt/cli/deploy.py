@@ -22,7 +22,8 @@ def deploy(
         Path | None, typer.Option(help="Where the server sees the engine directory, if elsewhere than this machine.")
     ] = None,
     gpus: Annotated[
-        str | None, typer.Option(help="GPUs that serve, such as 0,1,2,3; GPU 0 by default for an engine that needs one.")
+        str | None,
+        typer.Option(help="GPUs that serve, such as 0,1,2,3; GPU 0 by default for an engine that needs one."),
     ] = None,
     instances: Annotated[int, typer.Option(min=1, help="Engines on each GPU, or on the CPU.")] = 1,
     num_pages: Annotated[

@@ -81,7 +81,9 @@ def model_config(deployment: Deployment) -> pb.ModelConfig:
             pb.ModelInput(name=spec.name, data_type=_data_type(spec), dims=spec.dims, optional=True)
             for spec in protocol.INPUTS
         ],
-        output=[pb.ModelOutput(name=spec.name, data_type=_data_type(spec), dims=spec.dims) for spec in protocol.OUTPUTS],
+        output=[
+            pb.ModelOutput(name=spec.name, data_type=_data_type(spec), dims=spec.dims) for spec in protocol.OUTPUTS
+        ],
         instance_group=[pb.ModelInstanceGroup(count=deployment.instances, **gpus if deployment.gpus else cpu)],
         parameters={
             name: pb.ModelParameter(string_value=value) for name, value in deployment.parameters.to_config().items()

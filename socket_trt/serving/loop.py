@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from tokenizers import Tokenizer
 
@@ -14,7 +16,7 @@ from socket_trt.engine.manifest import Manifest
 from socket_trt.errors import RequestError
 from socket_trt.runtime.generator import Generation, TextGenerator
 from socket_trt.runtime.sampling import SamplingParameters
-from socket_trt.runtime.scheduler import FinishReason, QueueFullError, Scheduler
+from socket_trt.runtime.scheduler import QueueFullError, Scheduler
 from socket_trt.runtime.session import Session
 from socket_trt.serving import metrics
 from socket_trt.serving.delivery import Delivery
@@ -89,15 +91,14 @@ class ServingLoop:
         self._refusal: str | None = None
         self._live: dict[Reply, _Live] = {}
         self._delivery = Delivery(sink.publish)
-        self._started = threading.Event()
-        self._start_error: BaseException | None = None
+        self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="serving", daemon=True)
         self._thread.start()
-        self._started.wait()
-        if self._start_error is not None:
-            self._thread.join()
+        try:
+            self._started.result()
+        except BaseException:
             self._delivery.close()
-            raise self._start_error
+            raise
 
     def submit(self, request: TextRequest | Exception, reply: Reply) -> None:
         """Serve a request, or answer what was found wrong with it.  From any thread; answers come from another one."""
@@ -115,26 +116,24 @@ class ServingLoop:
 
     def _run(self) -> None:
         try:
-            session = self._open_session()
-            _warm_up(session)
-            metered = MeteredSession(session, self._manifest, self._metrics)
-            generator = TextGenerator(
-                metered,
-                self._tokenizer,
-                self._manifest.model.stop_token_ids,
-                max_step_tokens=self._options.max_step_tokens,
-                max_waiting=self._options.max_waiting,
-            )
+            with contextlib.closing(self._open_session()) as session:
+                _warm_up(session)
+                metered = MeteredSession(session, self._manifest, self._metrics)
+                generator = TextGenerator(
+                    metered,
+                    self._tokenizer,
+                    self._manifest.model.stop_token_ids,
+                    max_step_tokens=self._options.max_step_tokens,
+                    max_waiting=self._options.max_waiting,
+                )
+                self._metrics.levels[metrics.PAGES] = session.limits.num_pages - 1
+                self._started.set_result(None)
+                self._serve(generator, metered)
         except BaseException as error:
-            self._start_error = error
-            return
-        finally:
-            self._started.set()
-        self._metrics.levels[metrics.PAGES] = session.limits.num_pages - 1
-        try:
-            self._serve(generator, metered)
-        finally:
-            session.close()
+            if self._started.done():
+                logger.exception("the session could not be closed")
+            else:
+                self._started.set_exception(error)
 
     def _serve(self, generator: TextGenerator, session: MeteredSession) -> None:
         while not self._closing:
@@ -146,32 +145,29 @@ class ServingLoop:
                     if reply in self._live:
                         self._end(self._live[reply], "cancelled", ErrorCode.cancelled, "cancelled by the client")
                 self._expire()
-                if not generator.scheduler.idle:
+                if self._refusal is None and not generator.scheduler.idle:
+                    began = time.monotonic()
                     generator.advance()
-                    self._collect(generator)
+                    self._collect(generator, began)
+                self._count(generator.scheduler)
             except Exception as error:  # a mistake of this program: what it leaves behind cannot be trusted
                 logger.exception("the serving loop failed")
                 self._break(f"the server failed ({_one_line(error)})")
             if session.failures_in_a_row >= MAX_FAILURES_IN_A_ROW and self._refusal is None:
                 self._break(f"the engine failed {session.failures_in_a_row} times in a row")
-            self._count(generator.scheduler)
         self._refuse_all("the server is shutting down")
         self._count(generator.scheduler)
 
-    def _wait(
-        self, generator: TextGenerator
-    ) -> tuple[list[tuple[TextRequest | Exception, Reply, float]], list[Reply]]:
+    def _wait(self, generator: TextGenerator) -> tuple[list[tuple[TextRequest | Exception, Reply, float]], list[Reply]]:
         """What has come since; waits for it where there is nothing else to do."""
         with self._wake:
-            if generator.scheduler.idle:
+            if generator.scheduler.idle or self._refusal is not None:
                 self._wake.wait_for(lambda: self._inbox or self._gone or self._closing)
             arrivals, self._inbox = self._inbox, []
             gone, self._gone = self._gone, []
         return arrivals, gone
 
-    def _accept(
-        self, generator: TextGenerator, request: TextRequest | Exception, reply: Reply, arrival: float
-    ) -> None:
+    def _accept(self, generator: TextGenerator, request: TextRequest | Exception, reply: Reply, arrival: float) -> None:
         self._metrics.totals[metrics.RECEIVED] += 1
         self._delivery.open(reply, lambda: self._lose(reply))
         if self._refusal is not None:
@@ -194,15 +190,15 @@ class ServingLoop:
             deadline = arrival + min(limits) if limits else None
             self._live[reply] = _Live(request, reply, arrival, deadline, generation, request.prefix)
 
-    def _collect(self, generator: TextGenerator) -> None:
-        """Pass on what the last step did."""
+    def _collect(self, generator: TextGenerator, began: float) -> None:
+        """Pass on what the last step, which began at `began`, did."""
         now = time.monotonic()
         admitted = set(generator.scheduler.admitted)
         for live in list(self._live.values()):
             generation = live.generation
             if not live.admitted and generation.request_id in admitted:
                 live.admitted = True
-                self._metrics.observe(metrics.QUEUE_SECONDS, now - live.arrival)
+                self._metrics.observe(metrics.QUEUE_SECONDS, began - live.arrival)
             if not live.began and generation.token_ids:
                 live.began = True
                 self._metrics.observe(metrics.FIRST_TOKEN_SECONDS, now - live.arrival)
@@ -222,7 +218,7 @@ class ServingLoop:
     def _finish(self, live: _Live, now: float) -> None:
         request, result = live.request, live.generation.result
         if result.error is not None:
-            self._end(live, "failed", ErrorCode.internal, f"a step of the engine failed: {_one_line(result.error)}")
+            self._drop(live, "failed", ErrorCode.internal, f"a step of the engine failed: {_one_line(result.error)}")
             return
         piece = Piece(
             text=live.prefix + (live.generation.take() if request.stream else result.text),
@@ -243,18 +239,17 @@ class ServingLoop:
         now = time.monotonic()
         for live in [live for live in self._live.values() if live.deadline is not None and live.deadline <= now]:
             tokens = len(live.generation.token_ids)
-            self._end(
-                live,
-                "timed_out",
-                ErrorCode.unavailable,
-                f"the request's time was over after {now - live.arrival:.3f} s and {tokens} generated tokens",
-            )
+            message = f"the request's time was over after {now - live.arrival:.3f} s and {tokens} generated tokens"
+            self._end(live, "timed_out", ErrorCode.unavailable, message)
 
     def _end(self, live: _Live, outcome: str, code: ErrorCode, message: str) -> None:
         """End a request before its answer is whole; its pages are free at once."""
         live.generation.close()
         if live.request.stream:
             self._pass_on(live)
+        self._drop(live, outcome, code, message)
+
+    def _drop(self, live: _Live, outcome: str, code: ErrorCode, message: str) -> None:
         del self._live[live.reply]
         self._metrics.outcomes[outcome] += 1
         self._delivery.fail(live.reply, code, message)
@@ -268,7 +263,7 @@ class ServingLoop:
         self._refusal = f"{reason}; the server has to be started again"
         logger.error("%s: no more requests are served", reason)
         for live in list(self._live.values()):
-            self._end(live, "failed", ErrorCode.internal, self._refusal)
+            self._drop(live, "failed", ErrorCode.internal, self._refusal)
         self._on_broken()
 
     def _refuse_all(self, message: str) -> None:

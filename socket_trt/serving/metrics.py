@@ -47,7 +47,9 @@ RUNNING = _spec("running_requests", "gauge", "Requests that hold pages of the ca
 WAITING = _spec("waiting_requests", "gauge", "Requests that wait for pages")
 PAGES_IN_USE = _spec("pages_in_use", "gauge", "Pages of the cache that hold a request")
 PAGES = _spec("pages", "gauge", "Pages of the cache")
-KEPT_FRACTION = _spec("kept_fraction", "gauge", "Attended to context tokens of the decode queries since the last update")
+KEPT_FRACTION = _spec(
+    "kept_fraction", "gauge", "Attended to context tokens of the decode queries since the last update"
+)
 QUEUE_SECONDS = _spec("queue_seconds", "histogram", "From a request's arrival to its pages")
 FIRST_TOKEN_SECONDS = _spec("time_to_first_token_seconds", "histogram", "From a request's arrival to its first token")
 OUTPUT_TOKEN_SECONDS = _spec(
@@ -71,6 +73,9 @@ class Exporter(Protocol):
     def series(self, spec: MetricSpec, labels: Mapping[str, str], buckets: Sequence[float]) -> Series:
         """A series that is visible from now on; `buckets`: upper bounds, rising, of a histogram."""
 
+    def close(self) -> None:
+        """Take all series away; nobody refers to them any more."""
+
 
 class Metrics:
     """Counts where it costs nothing, and publishes from one thread.
@@ -82,6 +87,7 @@ class Metrics:
         self.totals = {spec: 0 for spec in SPECS if spec.kind == "counter" and spec != ENDED}
         self.outcomes = dict.fromkeys(OUTCOMES, 0)
         self.levels = {spec: 0 for spec in SPECS if spec.kind == "gauge" and spec != KEPT_FRACTION}
+        self._exporter = exporter
         self._observations: deque[tuple[MetricSpec, float]] = deque()
         self._published: dict[Series, int] = {}
         self._series = {
@@ -111,6 +117,13 @@ class Metrics:
         for _ in range(len(self._observations)):
             spec, seconds = self._observations.popleft()
             self._series[spec].observe(seconds)
+
+    def close(self) -> None:
+        """Take the metrics away."""
+        self._published.clear()
+        self._series.clear()
+        self._outcome_series.clear()
+        self._exporter.close()
 
     def _add_up(self, series: Series, total: int) -> None:
         before = self._published.get(series, 0)

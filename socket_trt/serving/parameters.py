@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from socket_trt.errors import ConfigError
+from socket_trt.config import config_error
 from socket_trt.serving.loop import LoopOptions
 
 
@@ -23,12 +23,11 @@ class ModelParameters(BaseModel):
 
     @classmethod
     def create(cls, **values: Any) -> ModelParameters:
-        """`ModelParameters(**values)` with a `ConfigError` of one line where a value is out of its range."""
+        """`ModelParameters(**values)` with a ConfigError of one line where a value is out of its range."""
         try:
             return cls(**values)
         except ValidationError as error:
-            problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg']} (got {p['input']!r})" for p in error.errors()]
-            raise ConfigError("; ".join(problems)) from None
+            raise config_error(error) from None
 
     def to_config(self) -> dict[str, str]:
         return {name: str(value) for name, value in self.model_dump(exclude_none=True).items()}

@@ -39,18 +39,23 @@ class TritonPythonModel:
     """
 
     def initialize(self, args: dict[str, str]) -> None:
-        logging.basicConfig(level=logging.INFO, handlers=[_TritonLog()])
+        logging.basicConfig(level=logging.INFO, handlers=[_TritonLog()], format="%(name)s: %(message)s")
         config = json.loads(args["model_config"])
         parameters = ModelParameters.create(**{k: v["string_value"] for k, v in config["parameters"].items()})
         device = int(args["model_instance_device_id"])
         engine = EngineDirectory.open(Path(parameters.engine))
         tokenizer = load_tokenizer(engine)
-        labels = {"model": args["model_name"], "version": args["model_version"], "instance": args["model_instance_name"]}
+        labels = {
+            "model": args["model_name"],
+            "version": args["model_version"],
+            "instance": args["model_instance_name"],
+        }
+        self._metrics = Metrics(_TritonExporter(labels))
         self._loop = ServingLoop(
             lambda: self.open_session(engine, parameters.num_pages, device),
             engine.manifest,
             tokenizer,
-            Metrics(_TritonExporter(labels)),
+            self._metrics,
             parameters.loop_options(),
             on_broken=_stop_server,
         )
@@ -65,11 +70,14 @@ class TritonPythonModel:
             try:
                 tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
                 self._loop.submit(self._reader.read(tensors, _timeout(request)), reply)
-            except Exception as error:  # not this request's alone to suffer from: Triton would fail all that came with it
+            except (
+                Exception
+            ) as error:  # not this request's alone to suffer from: Triton would fail all that came with it
                 self._loop.submit(error, reply)
 
     def finalize(self) -> None:
         self._loop.close()
+        self._metrics.close()
 
 
 def _timeout(request: Any) -> float | None:
@@ -129,6 +137,9 @@ class _TritonExporter:
         options = {"buckets": list(buckets)} if buckets else {}
         series: Series = self._families[spec].Metric(labels={**self._labels, **labels}, **options)
         return series
+
+    def close(self) -> None:
+        self._families.clear()
 
 
 class _TritonLog(logging.Handler):
