@@ -68,16 +68,19 @@ async def generate(
         }
 
     responses = client.stream_infer(requests())
+    failure, ended = None, False
     try:
         async for result, error in responses:
             if error is not None:
-                raise error
-            response = result.get_response()
-            yield {output.name: result.as_numpy(output.name) for output in response.outputs}
-            if response.parameters["triton_final_response"].bool_param:
-                break
+                failure = error  # the last that comes
+            else:
+                yield {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
+        ended = True
     finally:
-        responses.cancel()
+        if not ended:  # a stream that has ended is not cancelled: server 2.51 would then wait for it when it stops
+            responses.cancel()
+    if failure is not None:
+        raise failure
 
 
 async def main() -> None:

@@ -62,6 +62,14 @@ class LocalServer:
             for name, labels, value in _SAMPLE.findall(text)
         ]
 
+    def measures(self) -> bool:
+        """Whether the metrics endpoint answers."""
+        try:
+            self.samples()
+        except OSError:
+            return False
+        return True
+
     def metric(self, name: str, **labels: str) -> float:
         """Sum of the metric's samples that have these labels."""
         matching = [s for s in self.samples() if s.name == name and labels.items() <= s.labels.items()]
@@ -106,7 +114,7 @@ def local_server(repository: Path, log: Path, *options: str, start_timeout: floa
     server = LocalServer(process, log, (http, grpc, metrics))
     try:
         until = time.monotonic() + start_timeout
-        while server.status("/v2/health/live") != 200:
+        while server.status("/v2/health/live") != 200 or not server.measures():  # which it does last of all
             if process.poll() is not None or time.monotonic() > until:
                 raise ServerError(f"no server within {start_timeout:g} s:\n{tail(log)}")
             time.sleep(0.1)
@@ -116,7 +124,7 @@ def local_server(repository: Path, log: Path, *options: str, start_timeout: floa
             server.stop()
 
 
-def tail(log: Path, lines: int = 15) -> str:
+def tail(log: Path, lines: int = 40) -> str:
     """The log's last lines, Triton's tables left out."""
     text = log.read_text(errors="replace").splitlines()
     return "\n".join([line for line in text if line and line[0] not in "|+"][-lines:])

@@ -19,7 +19,7 @@ CONVERSATION = [
     {"role": "system", "content": "Be brief.  "},
     {"role": "user", "content": "1 < 2 & 'x'?"},
     {"role": "assistant", "content": "Yes,\n\nit is."},
-    {"role": "user", "content": "日本 \"quoted\""},
+    {"role": "user", "content": '日本 "quoted"'},
 ]
 
 # What real templates do: trimming, loops with controls, namespaces, JSON, dates, generation marks, special tokens.
