@@ -1,6 +1,6 @@
-"""Throughput and latency of engines in tritonserver under Poisson arrivals of ragged requests.
+r"""Throughput and latency of engines in tritonserver under Poisson arrivals of ragged requests.
 
-    python -m benchmarks.serving --engine socket=engines/tiny --engine dense=engines/tiny-dense \\
+    python -m benchmarks.serving --engine socket=engines/tiny --engine dense=engines/tiny-dense \
         --rate 2,8,inf --requests 100 --prompt-tokens 64-512 --output-tokens 16-64 --output benchmarks/results/serving-cpu
 
 It deploys each engine, starts a server of its own (`make serving`; SOCKET_TRT_SERVING names another environment), sends
@@ -249,7 +249,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def numbers(text: str) -> tuple[int, int]:
-    """ "64-512" or "64"."""
+    """Least and most: of "64-512", or of "64" alone."""
     low, _, high = text.partition("-")
     return int(low), int(high or low)
 
