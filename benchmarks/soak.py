@@ -216,13 +216,14 @@ class Soak:
         names = ("generated_tokens_total", "steps_total", "preemptions_total", "failed_steps_total")
         return {name: self._server.metric(f"socket_trt_{name}") for name in names}
 
-    def growth(self, process: str) -> tuple[float, float, float]:
-        """Median bytes of the first and of the last third after settling, and the growth as a fraction."""
-        values = [memory[process] for _, memory in self.memory]
-        rest = values[int(len(values) * SETTLING) :]
-        third = max(len(rest) // 3, 1)
-        before, after = (sorted(part)[len(part) // 2] for part in (rest[:third], rest[-third:]))
-        return before, after, after / before - 1
+
+def growth(memory: list[tuple[float, dict[str, int]]], process: str) -> tuple[float, float, float]:
+    """Median bytes of the first and of the last third after settling, and the growth as a fraction."""
+    values = [sample[process] for _, sample in memory]
+    rest = values[int(len(values) * SETTLING) :]
+    third = max(len(rest) // 3, 1)
+    before, after = (sorted(part)[len(part) // 2] for part in (rest[:third], rest[-third:]))
+    return before, after, after / before - 1
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -248,9 +249,9 @@ def main(arguments: list[str] | None = None) -> int:
         exit_status = server.process.returncode
     if exit_status != 0:
         soak.tally.blame(f"the server ended with {exit_status}")
-    memory = {process: soak.growth(process) for process in ("server", "stubs")}
-    for process, (before, after, growth) in memory.items():
-        if growth > parsed.allowed_growth:
+    memory = {process: growth(soak.memory, process) for process in ("server", "stubs")}
+    for process, (before, after, grown) in memory.items():
+        if grown > parsed.allowed_growth:
             soak.tally.blame(f"{process}: memory grew from {human_bytes(before)} to {human_bytes(after)}")
     # Without a GPU Triton complains of its driver.
     errors = [line for line in log if re.match(r"E\d{4} ", line) and "CudaDriverHelper" not in line]
@@ -259,8 +260,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows = [(f"{kind} requests", str(number)) for kind, number in sorted(soak.tally.done.items())]
     rows += [(name.replace("_", " "), f"{value:g}") for name, value in counted.items()]
     rows += [
-        (f"memory, {process}", f"{human_bytes(before)}, later {human_bytes(after)} ({growth:+.2%})")
-        for process, (before, after, growth) in memory.items()
+        (f"memory, {process}", f"{human_bytes(before)}, later {human_bytes(after)} ({grown:+.2%})")
+        for process, (before, after, grown) in memory.items()
     ]
     rows += [("wrong", str(len(soak.tally.wrong)))]
     out.print(table(f"{parsed.minutes:g} minutes", ("", ""), rows))
@@ -271,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
             "requests": dict(soak.tally.done),
             "counters": counted,
             "memory": [[round(at, 1), values["server"], values["stubs"]] for at, values in soak.memory],
-            "growth": {process: growth for process, (_, _, growth) in memory.items()},
+            "growth": {process: grown for process, (_, _, grown) in memory.items()},
             "wrong": soak.tally.wrong,
         }
         parsed.output.parent.mkdir(parents=True, exist_ok=True)

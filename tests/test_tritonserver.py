@@ -483,7 +483,7 @@ def test_stopping_finishes_what_runs(tmp_path: Path) -> None:
     engine = tiny_engine(max_seq_len=8192)
     deploy(engine, tmp_path / "models", "--name", "tiny")
     requests = [
-        Wanted(f"{i}", {"max_tokens": 1000, "seed": i, "ignore_eos": True}, transport)
+        Wanted(f"{i}", {"max_tokens": 600, "seed": i, "ignore_eos": True}, transport)
         for i, transport in enumerate(["grpc", "http", "http whole"])
     ]
     with local_server(tmp_path / "models", tmp_path / "log") as server, ThreadPoolExecutor(1) as pool:
