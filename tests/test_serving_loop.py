@@ -237,6 +237,39 @@ def test_a_mistake_of_the_loop_itself_answers_everybody(monkeypatch: pytest.Monk
             )
         assert broken.is_set()
         assert (harness.submit(request()).wait().error or ("",))[0] is ErrorCode.unavailable
+    assert_everything_is_counted(harness)
+
+
+def test_a_mistake_while_requests_arrive_answers_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken: list[bool] = []
+    session = GatedSession(gated=True)
+    with serving(session, on_broken=lambda: broken.append(True)) as harness:
+        first = harness.submit(request("first"))
+        session.wait_for_step()
+        clients = [harness.submit(request(f"{i}")) for i in range(5)]
+        put = Delivery.open
+
+        def fail_once(self: Delivery, reply: Client, on_cancelled: Callable[[], None]) -> None:
+            put(self, reply, on_cancelled)
+            if reply is clients[2]:
+                monkeypatch.undo()
+                raise OSError("no memory")
+
+        monkeypatch.setattr(Delivery, "open", fail_once)
+        session.gate.release(1000)
+        for client in (first, *clients[:2], *clients[3:]):
+            assert "no memory" in (client.wait().error or ("", ""))[1]
+    assert broken == [True]
+
+
+def test_metrics_are_final_soon_after_the_last_answer() -> None:
+    with serving() as harness:
+        for i in range(5):
+            tokens = len(harness.submit(request(seed=i, ignore_eos=True)).wait().token_ids)
+            assert tokens == 12
+            wait_until(lambda total=12 * (i + 1): harness.recorder[metrics.GENERATED_TOKENS].total == total)
+            wait_until(lambda: harness.recorder[metrics.PAGES_IN_USE].level == 0)
+            assert harness.recorder[metrics.ENDED, "finished"].total == i + 1
 
 
 def test_deadlines() -> None:
@@ -350,10 +383,16 @@ def test_a_client_that_cannot_be_reached_is_let_go() -> None:
         def send(self, piece: Piece) -> None:
             raise OSError("broken pipe")
 
-    session = GatedSession()
+    session = GatedSession(gated=True)
     with serving(session) as harness:
         client = Unreachable()
         harness.loop.submit(request(max_tokens=40, ignore_eos=True), client)
+        session.gate.release()
+        session.wait_for_step()
+        session.wait_for_step()  # the second begins: the first one's token is on its way
+        time.sleep(0.2)
+        session.gated = False
+        session.gate.release()
         wait_until(lambda: harness.metrics.outcomes["cancelled"] == 1)
         assert harness.submit(request()).wait().token_ids == alone(request())
     assert_everything_is_counted(harness)

@@ -96,11 +96,15 @@ class Delivery:
                     break
                 idle = not self._channels
             if idle:
-                # Nobody waits for anything: what was counted is final until the next request.
+                # Nobody waits for anything.  What is counted is final a moment after the last answer was put.
+                self._wait_for_requests(self._publish_interval)
                 self._try_to_publish()
-                with self._wake:
-                    self._wake.wait_for(lambda: self._channels or self._closing)
+                self._wait_for_requests()
         self._try_to_publish()
+
+    def _wait_for_requests(self, timeout: float | None = None) -> None:
+        with self._wake:
+            self._wake.wait_for(lambda: self._channels or self._closing, timeout)
 
     def _take(self, timeout: float) -> list[tuple[_Channel, Piece | None, tuple[ErrorCode, str] | None]]:
         """What is to be sent now; waits for it for `timeout` seconds at most."""

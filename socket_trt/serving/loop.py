@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -43,6 +44,10 @@ class LoopOptions:
     max_waiting: int | None = None
     max_step_tokens: int = 2048
     max_seconds: float | None = None
+
+
+# A request, or what was found wrong with it; the way back; when it came.
+_Arrival = tuple[TextRequest | Exception, Reply, float]
 
 
 @dataclasses.dataclass(eq=False)
@@ -85,7 +90,7 @@ class ServingLoop:
         self._options = options
         self._on_broken = on_broken
         self._wake = threading.Condition()
-        self._inbox: list[tuple[TextRequest | Exception, Reply, float]] = []
+        self._inbox: deque[_Arrival] = deque()
         self._gone: list[Reply] = []
         self._closing = False
         self._refusal: str | None = None
@@ -139,8 +144,8 @@ class ServingLoop:
         while not self._closing:
             arrivals, gone = self._wait(generator)
             try:
-                for request, reply, arrival in arrivals:
-                    self._accept(generator, request, reply, arrival)
+                while arrivals:
+                    self._accept(generator, *arrivals.popleft())
                 for reply in gone:
                     if reply in self._live:
                         self._end(self._live[reply], "cancelled", ErrorCode.cancelled, "cancelled by the client")
@@ -152,18 +157,20 @@ class ServingLoop:
                 self._count(generator.scheduler)
             except Exception as error:  # a mistake of this program: what it leaves behind cannot be trusted
                 logger.exception("the serving loop failed")
+                with self._wake:
+                    self._inbox.extendleft(reversed(arrivals))  # to be refused
                 self._break(f"the server failed ({_one_line(error)})")
-            if session.failures_in_a_row >= MAX_FAILURES_IN_A_ROW and self._refusal is None:
+            if session.failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
                 self._break(f"the engine failed {session.failures_in_a_row} times in a row")
         self._refuse_all("the server is shutting down")
         self._count(generator.scheduler)
 
-    def _wait(self, generator: TextGenerator) -> tuple[list[tuple[TextRequest | Exception, Reply, float]], list[Reply]]:
+    def _wait(self, generator: TextGenerator) -> tuple[deque[_Arrival], list[Reply]]:
         """What has come since; waits for it where there is nothing else to do."""
         with self._wake:
             if generator.scheduler.idle or self._refusal is not None:
                 self._wake.wait_for(lambda: self._inbox or self._gone or self._closing)
-            arrivals, self._inbox = self._inbox, []
+            arrivals, self._inbox = self._inbox, deque()
             gone, self._gone = self._gone, []
         return arrivals, gone
 
@@ -260,9 +267,13 @@ class ServingLoop:
 
     def _break(self, reason: str) -> None:
         """Answer everybody and refuse all that comes."""
+        if self._refusal is not None:
+            return
         self._refusal = f"{reason}; the server has to be started again"
         logger.error("%s: no more requests are served", reason)
         for live in list(self._live.values()):
+            with contextlib.suppress(Exception):  # whatever state the scheduler is in
+                live.generation.close()
             self._drop(live, "failed", ErrorCode.internal, self._refusal)
         self._on_broken()
 
@@ -270,7 +281,7 @@ class ServingLoop:
         for live in list(self._live.values()):
             self._end(live, "failed", ErrorCode.unavailable, message)
         with self._wake:
-            arrivals, self._inbox = self._inbox, []
+            arrivals, self._inbox = self._inbox, deque()
         for _, reply, _ in arrivals:
             self._metrics.totals[metrics.RECEIVED] += 1
             self._delivery.open(reply, lambda: None)
