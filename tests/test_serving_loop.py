@@ -92,9 +92,21 @@ def test_every_request_of_a_crowd_gets_what_it_gets_alone() -> None:
     assert recorder[metrics.ENDED, "finished"].total == len(answered)
 
 
+def let_the_first_part_pass(harness: Harness, client: Client) -> None:
+    """Run steps until `client` has got something, then all that come."""
+    while not client.pieces:
+        harness.session.gate.release()
+        harness.session.wait_for_step()
+        time.sleep(0.05)
+    harness.session.gated = False
+    harness.session.gate.release()
+
+
 def test_a_stream_and_a_whole_answer_say_the_same() -> None:
-    with serving() as harness:
-        stream = harness.submit(request(max_tokens=20)).wait()
+    with serving(GatedSession(gated=True)) as harness:
+        stream = harness.submit(request(max_tokens=20))
+        let_the_first_part_pass(harness, stream)
+        stream.wait()
         whole = harness.submit(request(max_tokens=20, stream=False)).wait()
         terse = harness.submit(
             request(
@@ -124,8 +136,10 @@ def test_a_stream_and_a_whole_answer_say_the_same() -> None:
 
 
 def test_a_stream_without_token_ids_has_no_empty_pieces() -> None:
-    with serving() as harness:
-        client = harness.submit(request("你好", return_token_ids=False, max_tokens=30, ignore_eos=True)).wait()
+    with serving(GatedSession(gated=True)) as harness:
+        client = harness.submit(request("你好", return_token_ids=False, max_tokens=30, ignore_eos=True))
+        let_the_first_part_pass(harness, client)
+        client.wait()
     assert len(client.pieces) > 1
     assert all(piece.text for piece in client.pieces[:-1])
 
