@@ -36,6 +36,10 @@ from socket_trt.cli.console import err, out, table
 from socket_trt.engine.manifest import EngineDirectory, Manifest
 
 PERCENTILES = (50, 90, 99)
+CPU_NOTE = (
+    "On ONNX Runtime the operator is a function of standard operators, which scores every key at length: sparse attention "
+    "costs more than dense there. The table shows the server at work, not the speed of the method."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +176,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
+        "load average before": round(os.getloadavg()[0], 1),
         **found,
         "python": platform.python_version(),
         "tritonserver": "2.51.0",
@@ -239,6 +244,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         *[f"- {name}: {text}" for name, text in result["engines"].items()],
         "",
+        *([CPU_NOTE, ""] if any("onnxruntime" in text for text in result["engines"].values()) else []),
         f"Made by `{result['command']}`.",
         "",
         "| " + " | ".join(COLUMNS) + " |",

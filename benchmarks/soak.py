@@ -34,6 +34,7 @@ from socket_trt.cli.sizes import human_bytes
 from socket_trt.engine.manifest import EngineDirectory
 
 MODEL = "soak"
+PROCESSES = ("server", "stubs", "shared")
 CLIENTS = 24
 GOOD_REQUESTS = 60
 SAMPLE_SECONDS = 1.0
@@ -249,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
         exit_status = server.process.returncode
     if exit_status != 0:
         soak.tally.blame(f"the server ended with {exit_status}")
-    memory = {process: growth(soak.memory, process) for process in ("server", "stubs")}
+    memory = {process: growth(soak.memory, process) for process in PROCESSES}
     for process, (before, after, grown) in memory.items():
         if grown > parsed.allowed_growth:
             soak.tally.blame(f"{process}: memory grew from {human_bytes(before)} to {human_bytes(after)}")
@@ -271,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
             "machine": machine(),
             "requests": dict(soak.tally.done),
             "counters": counted,
-            "memory": [[round(at, 1), values["server"], values["stubs"]] for at, values in soak.memory],
+            "memory": [[round(at, 1), *(values[process] for process in PROCESSES)] for at, values in soak.memory],
             "growth": {process: grown for process, (_, _, grown) in memory.items()},
             "wrong": soak.tally.wrong,
         }

@@ -78,10 +78,13 @@ class LocalServer:
         return sum(sample.value for sample in matching)
 
     def memory(self) -> dict[str, int]:
-        """Resident bytes of the server and of its stub processes together."""
-        server = _resident(self.process.pid)
-        stubs = sum(_resident(child) for child in self.children())
-        return {"server": server, "stubs": stubs}
+        """Resident bytes: the server's own, its stub processes' own, and what the stubs share with the server."""
+        stubs = [_resident(child) for child in self.children()]
+        return {
+            "server": _resident(self.process.pid)["RssAnon"],
+            "stubs": sum(stub["RssAnon"] for stub in stubs),
+            "shared": sum(stub["RssShmem"] for stub in stubs),
+        }
 
     def children(self) -> list[int]:
         """Process ids of the stubs."""
@@ -130,14 +133,14 @@ def tail(log: Path, lines: int = 40) -> str:
     return "\n".join([line for line in text if line and line[0] not in "|+"][-lines:])
 
 
-def _resident(process: int) -> int:
-    """Bytes; 0 for a process that is gone."""
+def _resident(process: int) -> dict[str, int]:
+    """Bytes by kind; 0 for a process that is gone."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:
-        return 0
-    found = re.search(r"VmRSS:\s+(\d+) kB", status)
-    return int(found[1]) * 1024 if found else 0
+        status = ""
+    found = dict(re.findall(r"(Rss\w+):\s+(\d+) kB", status))
+    return {kind: int(found.get(kind, 0)) * 1024 for kind in ("RssAnon", "RssFile", "RssShmem")}
 
 
 def deploy(engine: Path, repository: Path, *options: str) -> None:
