@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from socket_trt.engine.manifest import EngineDirectory
 from socket_trt.models.tiny import END_ID, byte_tokenizer
 from socket_trt.runtime.sampling import SamplingParameters
@@ -134,14 +136,20 @@ class Recorder:
 class Harness:
     """A loop and its surroundings."""
 
-    def __init__(self, session: GatedSession, on_broken: Callable[[], None] = lambda: None, **options: Any) -> None:
+    def __init__(
+        self,
+        session: GatedSession,
+        on_broken: Callable[[], None] = lambda: None,
+        tokenizer: Tokenizer | None = TOKENIZER,
+        **options: Any,
+    ) -> None:
         self.session = session
         self.recorder = Recorder()
         self.metrics = Metrics(self.recorder)
         self.loop = ServingLoop(
             lambda: session,
             MANIFEST,
-            TOKENIZER,
+            tokenizer,
             self.metrics,
             LoopOptions(**{"max_step_tokens": 16, **options}),
             on_broken,

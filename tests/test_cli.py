@@ -299,13 +299,16 @@ def test_deploy(run: Run, engine: Path, tmp_path: Path) -> None:
         "engine": "/engines/chat",
         "num_pages": 100,
         "max_waiting": 7,
-        "max_step_tokens": 2048,
+        "max_step_tokens": None,
         "max_seconds": 2.5,
+        "random_weights": False,
     }
     assert 'string_value: "/engines/chat"' in (models / "chat" / "config.pbtxt").read_text()
     assert f"tritonserver --model-repository {models}" in run("deploy", engine, "--model-repository", models).out
     assert f'string_value: "{engine}"' in (models / "engine" / "config.pbtxt").read_text()
     assert_one_line_error(run("deploy", engine, "--model-repository", models), "exists; give --force")
+    (engine / "tokenizer.json").unlink()
+    assert "token ids only" in run("deploy", engine, "--model-repository", models, "--force").out
 
 
 @pytest.mark.parametrize(

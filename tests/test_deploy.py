@@ -10,6 +10,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 from socket_trt.engine.manifest import EngineDirectory
 from socket_trt.errors import CheckpointError, ConfigError, DeployError, EngineError
 from socket_trt.runtime import open as opening
+from socket_trt.runtime.open import open_session
 from socket_trt.serving import deploy as deploying
 from socket_trt.serving import protocol
 from socket_trt.serving.deploy import Deployment, deploy_engine
@@ -29,7 +30,9 @@ def read_config(entry: Path) -> pb.ModelConfig:
 
 
 def test_the_entry(engine: EngineDirectory, tmp_path: Path) -> None:
-    wanted = ModelParameters(engine="/engines/chat", num_pages=100, max_waiting=7, max_seconds=2.5)
+    wanted = ModelParameters(
+        engine="/engines/chat", num_pages=100, max_waiting=7, max_seconds=2.5, random_weights=False
+    )
     entry = deploy_engine(engine, tmp_path / "models", Deployment("chat", wanted, instances=2))
     assert entry == tmp_path / "models" / "chat"
     files = [path.relative_to(entry).as_posix() for path in entry.rglob("*") if path.is_file()]
@@ -50,7 +53,10 @@ def test_the_entry(engine: EngineDirectory, tmp_path: Path) -> None:
     assert (group.kind, group.count, list(group.gpus)) == (pb.ModelInstanceGroup.KIND_CPU, 2, [])
     read = ModelParameters.create(**{name: value.string_value for name, value in config.parameters.items()})
     assert read == wanted
-    assert read.loop_options() == LoopOptions(7, 2048, 2.5)
+    assert read.loop_options(512) == LoopOptions(7, 512, 2.5)
+    own = ModelParameters.create(engine="x", max_step_tokens="64", random_weights="True")
+    assert own.random_weights
+    assert own.loop_options(512) == LoopOptions(None, 64, None)
 
 
 def test_gpus_get_an_engine_each(engine: EngineDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,10 +97,31 @@ def test_an_engine_that_would_not_run_is_not_deployed(engine: EngineDirectory, t
     (engine.path / "tokenizer_config.json").write_text("{")
     with pytest.raises(EngineError, match="no JSON"):
         deploy_engine(engine, tmp_path / "models", deployment)
-    (engine.path / "tokenizer.json").unlink()
-    with pytest.raises(EngineError, match=r"has no tokenizer\.json"):
+    (engine.path / "tokenizer.json").write_text("{")
+    with pytest.raises(EngineError, match="not a tokenizer"):
         deploy_engine(engine, tmp_path / "models", deployment)
     (engine.path / "checkpoint" / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="missing"):
         deploy_engine(engine, tmp_path / "models", deployment)
     assert not (tmp_path / "models").exists()
+
+
+def test_random_weights_are_for_engines_that_can_do_without_theirs(
+    engine: EngineDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (engine.path / "checkpoint" / "model.safetensors").unlink()
+    deployment = Deployment("model", ModelParameters(engine="x", random_weights=True))
+    for attempt in (
+        lambda: deploy_engine(engine, tmp_path, deployment),
+        lambda: open_session(engine, random_weights=True),
+    ):
+        with pytest.raises(ConfigError, match="only a TensorRT engine can be run with random weights"):
+            attempt()
+    monkeypatch.setattr(deploying, "runs_on_gpu", lambda engine: True)
+    entry = deploy_engine(engine, tmp_path / "models", deployment)
+    assert read_config(entry).parameters["random_weights"].string_value == "True"
+
+
+def test_an_engine_without_a_tokenizer_may_serve_token_ids(engine: EngineDirectory, tmp_path: Path) -> None:
+    (engine.path / "tokenizer.json").unlink()
+    assert deploy_engine(engine, tmp_path / "models", Deployment("ids", ModelParameters(engine="x"))).is_dir()

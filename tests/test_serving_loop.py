@@ -135,6 +135,13 @@ def test_a_stream_and_a_whole_answer_say_the_same() -> None:
     assert prefixed.text == "Hello" + whole.text
 
 
+def test_without_a_tokenizer_token_ids_are_answered() -> None:
+    with serving(tokenizer=None) as harness:
+        client = harness.submit(request("Hello", max_tokens=20)).wait()
+    assert client.token_ids == alone(request("Hello", max_tokens=20))
+    assert client.text == ""
+
+
 def test_a_stream_without_token_ids_has_no_empty_pieces() -> None:
     with serving(GatedSession(gated=True)) as harness:
         client = harness.submit(request("你好", return_token_ids=False, max_tokens=30, ignore_eos=True))

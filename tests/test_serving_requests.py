@@ -155,3 +155,13 @@ def test_a_model_without_a_template_says_so() -> None:
 
 def test_special_tokens_in_a_text_are_the_tokens() -> None:
     assert READER.read(tensors(text_input="<|end_of_text|>")).prompt == (BEGIN_ID, END_ID)
+
+
+def test_an_engine_without_a_tokenizer_takes_token_ids() -> None:
+    reader = RequestReader(None, LIMITS, TEMPLATE)
+    assert reader.read(tensors(input_ids=[5, 6], return_token_ids=True)).prompt == (5, 6)
+    for given in ({"text_input": "a"}, {"messages": json.dumps(MESSAGES)}):
+        with pytest.raises(RequestError, match="this engine has no tokenizer: give input_ids"):
+            reader.read(tensors(**given))
+    with pytest.raises(RequestError, match="give stop_token_ids instead of stop_words"):
+        reader.read(tensors(input_ids=[5], stop_words=["a"]))

@@ -51,8 +51,8 @@ FAIL = pathlib.Path(__file__).parent / "fail"
 
 
 class Faulty(Session):
-    def __init__(self, *args):
-        self._session = open_session(*args)
+    def __init__(self, *args, **options):
+        self._session = open_session(*args, **options)
 
     @property
     def limits(self):

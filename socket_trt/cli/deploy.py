@@ -30,10 +30,15 @@ def deploy(
         int | None, typer.Option(min=2, help="Pages of the cache; by default a full batch of full sequences fits.")
     ] = None,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are refused.")] = 1000,
-    max_step_tokens: Annotated[int, typer.Option(min=3, help="Tokens a step may have.")] = 2048,
+    max_step_tokens: Annotated[
+        int | None, typer.Option(min=3, help="Tokens a step may have; by default as many as the engine is made for.")
+    ] = None,
     max_seconds: Annotated[
         float | None, typer.Option(help="A request may take, whatever it asks for; any time by default.")
     ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Serve without the checkpoint, for speed alone (TensorRT).")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing entry.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
@@ -52,6 +57,7 @@ def deploy(
         max_waiting=max_waiting,
         max_step_tokens=max_step_tokens,
         max_seconds=max_seconds,
+        random_weights=random_weights,
     )
     chosen = tuple(parse_numbers("--gpus", gpus)) if gpus is not None else (0,) if runs_on_gpu(engine) else ()
     deployment = Deployment(name or directory.resolve().name, parameters, chosen, instances)
@@ -62,6 +68,7 @@ def deploy(
     rows = [
         ("model", deployment.name),
         ("engine", parameters.engine),
+        *([] if engine.tokenizer_file.is_file() else [("tokenizer", "none: the model takes and gives token ids only")]),
         ("serves on", f"GPU {', '.join(map(str, chosen))}" if chosen else "CPU"),
         ("next", f"tritonserver --model-repository {repository}"),
     ]

@@ -8,21 +8,28 @@ from collections.abc import Iterator
 from tokenizers import Tokenizer
 
 from socket_trt.engine.manifest import EngineDirectory
-from socket_trt.errors import EngineError
+from socket_trt.errors import ConfigError, EngineError
 from socket_trt.runtime.generator import TextGenerator
 from socket_trt.runtime.session import Session
 
+DEFAULT_MAX_STEP_TOKENS = 2048
 
-def open_session(engine: EngineDirectory, num_pages: int | None = None, device: int = 0) -> Session:
+
+def open_session(
+    engine: EngineDirectory, num_pages: int | None = None, *, device: int = 0, random_weights: bool = False
+) -> Session:
     """The session of the backend that the engine was built for.
 
-    num_pages  size of the cache's pool; by default a full batch of full sequences fits
-    device     the GPU to run on, for a backend that runs on one
+    num_pages       size of the cache's pool; by default a full batch of full sequences fits
+    device          the GPU to run on, for a backend that runs on one
+    random_weights  do without the checkpoint (TensorRT)
 
     Raises EngineError or CheckpointError where graph or weights are not what the build left.
     """
     if engine.manifest.backend != "onnxruntime":
         raise EngineError(f"{engine.path}: built for {engine.manifest.backend}, which this release cannot run yet")
+    if random_weights:
+        raise ConfigError(f"{engine.path}: only a TensorRT engine can be run with random weights in place of its own")
     from socket_trt.runtime.onnxruntime_session import OnnxRuntimeSession
 
     return OnnxRuntimeSession(engine, num_pages)
@@ -31,6 +38,11 @@ def open_session(engine: EngineDirectory, num_pages: int | None = None, device: 
 def runs_on_gpu(engine: EngineDirectory) -> bool:
     """Whether the engine's session runs on a GPU, and so may be given one."""
     return engine.manifest.backend == "tensorrt"
+
+
+def max_step_tokens(engine: EngineDirectory) -> int:
+    """Tokens that a step of the engine's session should have at most."""
+    return DEFAULT_MAX_STEP_TOKENS
 
 
 def load_tokenizer(engine: EngineDirectory) -> Tokenizer:
@@ -52,6 +64,8 @@ def open_generator(engine: EngineDirectory) -> Iterator[TextGenerator]:
     tokenizer = load_tokenizer(engine)
     session = open_session(engine)
     try:
-        yield TextGenerator(session, tokenizer, engine.manifest.model.stop_token_ids)
+        yield TextGenerator(
+            session, tokenizer, engine.manifest.model.stop_token_ids, max_step_tokens=max_step_tokens(engine)
+        )
     finally:
         session.close()

@@ -57,8 +57,12 @@ def deploy_engine(engine: EngineDirectory, repository: Path, deployment: Deploym
         raise ConfigError(f"{engine.path}: runs on the CPU; leave --gpus out")
     if len(set(deployment.gpus)) < len(deployment.gpus):
         raise ConfigError("--gpus: a GPU is given twice; --instances says how many engines each has")
-    engine.check()
-    load_tokenizer(engine)
+    if not deployment.parameters.random_weights:
+        engine.check()
+    elif not runs_on_gpu(engine):
+        raise ConfigError(f"{engine.path}: only a TensorRT engine can be run with random weights in place of its own")
+    if engine.tokenizer_file.is_file():
+        load_tokenizer(engine)
     ChatTemplate.of(engine)
     entry = repository / deployment.name
     with staged(entry, force, _is_entry, "no entry that deploy wrote", DeployError) as stage:

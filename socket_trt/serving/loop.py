@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from socket_trt.engine.manifest import Manifest
 from socket_trt.errors import RequestError
@@ -72,20 +73,21 @@ class ServingLoop:
         self,
         open_session: Callable[[], Session],
         manifest: Manifest,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         sink: Metrics,
         options: LoopOptions,
         on_broken: Callable[[], None],
     ) -> None:
         """Open the session and return once it has run steps.
 
+        tokenizer  None: token ids are all that is answered
         on_broken  called, once, when the session can no longer be used: every request is refused from then on
 
         Raises what `open_session` or the first steps raise, and ConfigError for options that serve nobody.
         """
         self._open_session = open_session
         self._manifest = manifest
-        self._tokenizer = tokenizer
+        self._tokenizer = tokenizer or Tokenizer(BPE())  # to which every token is unknown, and has no text
         self._metrics = sink
         self._options = options
         self._on_broken = on_broken

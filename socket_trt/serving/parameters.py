@@ -18,8 +18,11 @@ class ModelParameters(BaseModel):
     engine: str = Field(description="the engine directory, as the server sees it")
     num_pages: int | None = Field(None, ge=2, description="pages of the cache, the null page included")
     max_waiting: int | None = Field(None, ge=1, description="requests that may wait for pages")
-    max_step_tokens: int = Field(2048, ge=3, description="tokens a step may have")
+    max_step_tokens: int | None = Field(
+        None, ge=3, description="tokens a step may have; by default as many as it should"
+    )
     max_seconds: float | None = Field(None, gt=0, description="that a request may take")
+    random_weights: bool = Field(False, description="run without the checkpoint, for speed alone")
 
     @classmethod
     def create(cls, **values: Any) -> ModelParameters:
@@ -32,5 +35,6 @@ class ModelParameters(BaseModel):
     def to_config(self) -> dict[str, str]:
         return {name: str(value) for name, value in self.model_dump(exclude_none=True).items()}
 
-    def loop_options(self) -> LoopOptions:
-        return LoopOptions(self.max_waiting, self.max_step_tokens, self.max_seconds)
+    def loop_options(self, max_step_tokens: int) -> LoopOptions:
+        """`max_step_tokens`: the engine's own."""
+        return LoopOptions(self.max_waiting, self.max_step_tokens or max_step_tokens, self.max_seconds)

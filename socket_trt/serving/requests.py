@@ -51,11 +51,13 @@ class TextRequest:
 class RequestReader:
     """Reads requests for one engine.  Called from any thread."""
 
-    def __init__(self, tokenizer: Tokenizer, limits: SessionLimits, template: ChatTemplate | None) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, limits: SessionLimits, template: ChatTemplate | None) -> None:
+        """`tokenizer` None: requests give token ids; `template` None: they give no messages."""
         self._tokenizer = tokenizer
         self._template = template
         # No text longer than this can fit, so that a huge one is refused before it takes minutes to tokenise.
-        self._max_characters = limits.max_seq_len * max(map(len, tokenizer.get_vocab()), default=1)
+        vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
+        self._max_characters = limits.max_seq_len * max(map(len, vocabulary), default=1)
 
     def read(self, tensors: Mapping[str, Array], timeout: float | None = None) -> TextRequest:
         """Read a request.
@@ -71,6 +73,8 @@ class RequestReader:
         if timeout is not None and not timeout > 0:
             raise RequestError(f"{protocol.TIMEOUT} is {timeout:g} s: expected more than 0")
         parameters = _sampling_parameters(tensors)
+        if parameters.stop and self._tokenizer is None:
+            raise RequestError("this engine has no tokenizer: give stop_token_ids instead of stop_words")
         prompt, prefix = self._prompt(given[0], tensors[given[0]])
         return TextRequest(
             prompt=prompt,
@@ -88,6 +92,10 @@ class RequestReader:
         """Token ids and text of the prompt; "" for one of token ids."""
         if name == protocol.INPUT_IDS:
             return tuple(tensor.reshape(-1).tolist()), ""  # who gives token ids has them
+        if self._tokenizer is None:
+            raise RequestError(
+                f"this engine has no tokenizer: give {protocol.INPUT_IDS}, {protocol.RETURN_TOKEN_IDS} true"
+            )
         text = _text(name, _single(name, tensor))
         if name == protocol.MESSAGES:
             text = self._render(text)

@@ -15,7 +15,7 @@ import triton_python_backend_utils as pb_utils  # in Triton's stub process only,
 
 from socket_trt.engine.manifest import EngineDirectory
 from socket_trt.errors import RequestError
-from socket_trt.runtime.open import load_tokenizer, open_session
+from socket_trt.runtime.open import load_tokenizer, max_step_tokens, open_session
 from socket_trt.serving import protocol
 from socket_trt.serving.chat import ChatTemplate
 from socket_trt.serving.loop import ServingLoop
@@ -44,7 +44,7 @@ class TritonPythonModel:
         parameters = ModelParameters.create(**{k: v["string_value"] for k, v in config["parameters"].items()})
         device = int(args["model_instance_device_id"])
         engine = EngineDirectory.open(Path(parameters.engine))
-        tokenizer = load_tokenizer(engine)
+        tokenizer = load_tokenizer(engine) if engine.tokenizer_file.is_file() else None
         labels = {
             "model": args["model_name"],
             "version": args["model_version"],
@@ -52,11 +52,13 @@ class TritonPythonModel:
         }
         self._metrics = Metrics(_TritonExporter(labels))
         self._loop = ServingLoop(
-            lambda: self.open_session(engine, parameters.num_pages, device),
+            lambda: self.open_session(
+                engine, parameters.num_pages, device=device, random_weights=parameters.random_weights
+            ),
             engine.manifest,
             tokenizer,
             self._metrics,
-            parameters.loop_options(),
+            parameters.loop_options(max_step_tokens(engine)),
             on_broken=_stop_server,
         )
         self._reader = RequestReader(tokenizer, engine.manifest.limits(parameters.num_pages), ChatTemplate.of(engine))
