@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml | cksum | cut -d' ' -f1)
 DEMO := build/demo
 
-.PHONY: setup demo native serving test lint typecheck format clean
+.PHONY: setup demo native tensorrt-lean serving test lint typecheck format clean
 
 setup: $(STAMP)
 
@@ -26,7 +26,7 @@ demo: setup
 	$(BIN)/socket-trt validate $(DEMO)
 	$(BIN)/socket-trt generate $(DEMO) --prompt-file docs/method.md --max-tokens 64
 
-# The CUDA library, for two architectures: enough to know that it compiles, loads and checks its arguments.
+# The CUDA library and the plugins, for two architectures: enough to know that they compile, load and check arguments.
 NATIVE_ARCHITECTURES ?= 80;90
 native: setup
 	@if command -v nvcc > /dev/null; then \
@@ -47,7 +47,17 @@ $(SERVING_STAMP):
 	$(SERVING)/bin/python -m pip install --quiet --no-deps --requirement serving/requirements.txt
 	touch $@
 
-test: setup lint typecheck native serving
+# Runtimes of TensorRT whose registries load the plugins on a machine without a GPU.  Two versions cannot live in one
+# environment; pinned, because a test names what the registry of each version was seen to do.
+TENSORRT_LEAN := build/tensorrt-lean/10.16.1.11 build/tensorrt-lean/11.4.0.106
+tensorrt-lean: $(TENSORRT_LEAN)
+
+$(TENSORRT_LEAN): | setup
+	@$(BIN)/python -m pip install --quiet --no-deps --target $@.part \
+		tensorrt-lean-cu13-libs==$(@F) tensorrt-lean-cu13-bindings==$(@F) && mv $@.part $@ || \
+		echo "WARNING: TensorRT's lean runtime $(@F) is NOT installed, tests of its registry will be skipped" >&2
+
+test: setup lint typecheck native tensorrt-lean serving
 	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 lint: setup

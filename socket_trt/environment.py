@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
-PLUGIN_VARIABLE = "SOCKET_TRT_PLUGIN"
-PLUGIN_PATTERN = "libsocket_trt_plugin*.so"
+from socket_trt.engine.plugin import TENSORRT_MAJORS, find_plugin
+from socket_trt.errors import MissingDependencyError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +58,14 @@ def nvcc() -> str | None:
 
 
 def plugin_library() -> Path | None:
-    """The TensorRT plugin library: $SOCKET_TRT_PLUGIN, else one beside the package."""
-    named = os.environ.get(PLUGIN_VARIABLE)
-    if named:
-        return Path(named) if Path(named).is_file() else None
-    found = sorted((Path(__file__).parent / "lib").glob(PLUGIN_PATTERN))
-    return found[-1] if found else None
+    """The plugin library for the TensorRT that is installed; where none is, the one for the newest TensorRT."""
+    installed = package_version("tensorrt")
+    for version in [installed] if installed else map(str, reversed(TENSORRT_MAJORS)):
+        try:
+            return find_plugin(version)
+        except MissingDependencyError:
+            continue
+    return None
 
 
 def survey() -> list[Part]:

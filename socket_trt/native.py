@@ -19,7 +19,7 @@ from socket_trt.names import INTEGER_INPUTS, OPERATOR_INPUTS
 if TYPE_CHECKING:
     from torch import Tensor
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LIBRARY = "libsocket_trt_kernels.so"
 LIBRARY_VARIABLE = "SOCKET_TRT_KERNELS"
 

@@ -17,6 +17,7 @@ import pytest
 from socket_trt import __version__, environment
 from socket_trt.cli.main import main
 from socket_trt.cli.sizes import human_bytes
+from socket_trt.engine.plugin import PLUGIN_VARIABLE
 from tests.engines import tiny_engine
 from tests.families import save_checkpoint
 
@@ -142,7 +143,7 @@ def test_tensorrt_that_is_not_there(run: Run, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(environment, "package_version", lambda _: None)
     result = run("build", "-m", "tiny", "-o", tmp_path / "engine", "--backend", "tensorrt")
     assert_one_line_error(result, "--backend tensorrt lacks an NVIDIA GPU")
-    assert "pip install tensorrt" in result.err
+    assert "TensorRT's Python package" in result.err
     assert "--backend onnxruntime" in result.err
 
 
@@ -214,7 +215,7 @@ def test_generate_refuses_what_it_cannot_do(run: Run, engine: Path) -> None:
 
 
 def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv(environment.PLUGIN_VARIABLE, raising=False)
+    monkeypatch.delenv(PLUGIN_VARIABLE, raising=False)
     parts = {part["name"]: part for part in json.loads(run("doctor", "--json").out)["parts"]}
     assert set(parts) >= {"GPU", "driver", "TensorRT", "plugin library", "triton", "nvcc", "onnxruntime"}
     assert parts["onnxruntime"]["found"]
@@ -222,10 +223,10 @@ def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert f"socket-trt {__version__}" in text
     if not parts["GPU"]["found"]:
         assert "would enable TensorRT engines" in text
-    monkeypatch.setenv(environment.PLUGIN_VARIABLE, str(tmp_path / "none.so"))
+    monkeypatch.setenv(PLUGIN_VARIABLE, str(tmp_path / "none.so"))
     assert environment.plugin_library() is None
     (tmp_path / "lib.so").write_text("")
-    monkeypatch.setenv(environment.PLUGIN_VARIABLE, str(tmp_path / "lib.so"))
+    monkeypatch.setenv(PLUGIN_VARIABLE, str(tmp_path / "lib.so"))
     assert environment.plugin_library() == tmp_path / "lib.so"
 
 

@@ -64,15 +64,16 @@ for softcap, window in ((0.0, -1), (2.0, -1), (0.0, 20)):
     chosen = torch.stack([torch.randperm(30)[:13] for _ in range(HQ)])
     slots = torch.zeros(3, HQ, 64, dtype=torch.int32)
     slots[1, :, :13] = page_table[1, chosen // SIZE] * SIZE + chosen % SIZE
-    counts = torch.zeros(3, HQ, 4, dtype=torch.int32)
-    counts[1, :, 0] = 13
-    for sparse, sets in ((False, HKV), (True, HQ)):
+    counts = torch.zeros(3, HQ, dtype=torch.int32)
+    counts[1] = 13
+    for sparse, sets, combine in ((False, HKV, False), (True, HQ, False), (True, HQ, True)):
         parts = torch.full((3, HQ, 3, D), float("nan"))
         stats = torch.full((3, HQ, 3, 2), float("nan"))
+        arrived, output = torch.zeros(3, sets, dtype=torch.int32), torch.full_like(query, float("nan"))
         decode_attention[(3, sets, 3)](
-            query, key_cache, value_cache, page_table, items, slots, counts, parts, stats, scale, softcap, window, 3,
+            query, key_cache, value_cache, page_table, items, slots, counts, parts, stats, arrived, output, scale, softcap, window, 3,
             HQ, HKV, HQ // sets, PAGES, 5, 4, 64, 3,
-            SPARSE=sparse, HEAD_SIZE=D, BLOCK_D=D, BLOCK_N=16,
+            SPARSE=sparse, HEAD_SIZE=D, BLOCK_D=D, BLOCK_N=16, COMBINE=combine, OVERLAPPED=False,
         )
         item, length = (1, 30) if sparse else (0, 51)
         mask = visible(length - 1, 1, window, query.device).expand(HQ, -1, -1)
@@ -84,6 +85,9 @@ for softcap, window in ((0.0, -1), (2.0, -1), (0.0, 20)):
         part = torch.where(stats[item, :, :, 1:] > 0, parts[item], 0)
         total = (weight[..., None] * part).sum(1) / (weight * stats[item, :, :, 1]).sum(1, keepdim=True)
         torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-5)
+        if combine:
+            torch.testing.assert_close(output[0, :, item], expected, rtol=1e-4, atol=1e-5)
+            assert torch.isnan(output[0, :, [0, 2]]).all(), "an item without work was written"
         assert torch.isnan(parts[2]).all(), "an item without work was written"
 print("agrees")
 """

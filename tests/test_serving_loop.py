@@ -13,11 +13,16 @@ import pytest
 from socket_trt.errors import ConfigError, RequestError
 from socket_trt.models.tiny import END_ID
 from socket_trt.runtime.generator import TextGenerator
+from socket_trt.runtime.onnxruntime_session import OnnxRuntimeSession
+from socket_trt.runtime.open import max_step_tokens, open_session
 from socket_trt.runtime.session import FloatArray, SessionLimits, StepBatch
 from socket_trt.serving import metrics
 from socket_trt.serving.delivery import Delivery
+from socket_trt.serving.loop import LoopOptions, ServingLoop
+from socket_trt.serving.metrics import Metrics
 from socket_trt.serving.reply import ErrorCode, Piece
-from tests.serving import LIMITS, PATIENCE, TOKENIZER, Client, GatedSession, Harness, alone, request, serving
+from tests.serving import LIMITS, PATIENCE, TOKENIZER, Client, GatedSession, Harness, Recorder, alone, request, serving
+from tests.tensorrt_fixtures import FakeMachine
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -491,3 +496,38 @@ def test_delivery_survives_what_is_not_its_own_fault() -> None:
     delivery.fail(odd, ErrorCode.cancelled, "cancelled")
     delivery.close()
     assert client.text == "text"
+
+
+def test_the_loop_serves_whatever_session_the_engine_opens(machine: FakeMachine) -> None:
+    """The session of a TensorRT engine, on a fake TensorRT: opened, stepped and closed by the loop's own thread."""
+    trt = machine.install("8.6.0")
+    engine = machine.compiled()
+    plan = engine.manifest.plan
+    assert plan is not None
+    assert max_step_tokens(engine) == plan.max_step_tokens
+    rng = random.Random(3)
+    wanted = [
+        request([rng.randrange(256) for _ in range(rng.randint(30, 200))], max_tokens=12, temperature=0.0, seed=i)
+        for i in range(6)
+    ]
+    loop = ServingLoop(
+        lambda: open_session(engine, device=0),
+        engine.manifest,
+        TOKENIZER,
+        Metrics(Recorder()),
+        LoopOptions(max_step_tokens=max_step_tokens(engine)),
+        lambda: None,
+    )
+    clients = [Client() for _ in wanted]
+    for client, each in zip(clients, wanted, strict=True):
+        loop.submit(each, client)
+    for client in clients:
+        client.wait()
+    loop.close()
+    assert trt.driver.launches > 0
+    assert not trt.driver.allocations
+    reference = TextGenerator(OnnxRuntimeSession(engine), TOKENIZER, engine.manifest.model.stop_token_ids)
+    for client, each in zip(clients, wanted, strict=True):
+        [expected] = reference.generate([each.prompt], each.parameters)
+        assert client.error is None
+        assert client.token_ids == list(expected.token_ids)

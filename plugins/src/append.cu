@@ -1,116 +1,112 @@
 // First kernel of the operator: everything that later kernels read.
 //
-// Key blocks write a tile of tokens into the cache: keys and values as they are, the values' norms, and the keys' hash
-// codes.  Item blocks describe each decode query (Item), project its query heads on the planes, and zero the
-// selection's histogram and counters.  One tile block lists the prefill tiles.
+// Key blocks write a tile of new keys into the cache: keys and values as they are, the values' norms, and the keys'
+// hash codes.  Query blocks turn decode queries into the probability of every hyperplane's positive side.  One block
+// describes the decode queries (Item) and lists the tiles of prefill chunks.
 //
-// Projections are float32 sums over shared-memory vectors: four threads share one plane (64 bytes of a row a load), and
-// each plane row is used for four vectors at a time.
+// Keys and queries are projected alike, as a product [planes, D] x [D, vectors] of tensor cores: a warp takes 16 planes
+// and eight vectors at a time.  A dot product does not mind the order of its terms, so that lanes load both operands
+// from global memory in pieces of 16 bytes and need no shared memory.
 #include "device.cuh"
 #include "launchers.h"
+#include "mma.cuh"
 
 namespace socket_trt {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kPlanesAtOnce = kThreads / 4;
-constexpr int kMaxVectors = 16;
-constexpr int kMaxHeadSize = 256;
+constexpr int kProjecting = 256;            // threads of a block that project
+constexpr int kThreads = kProjecting + 32;  // the last warp finds cache slots meanwhile
+constexpr int kBlockPlanes = kProjecting / 32 * 16;
+constexpr int kFewVectors = 8, kManyVectors = 64;
 
 struct AppendGrid {
-    int tables_per_block, chunks;  // a block hashes this many tables
-    int tile_tokens, tiles;        // key blocks: tiles * Hkv * chunks
-    int item_chunks;               // item blocks: items * Hkv * item_chunks
-    int key_blocks, item_blocks, tile_blocks;
+    int tables_per_block, chunks;  // a block projects on the planes of this many tables
+    int tile;                      // vectors of a key block
+    int key_blocks, query_blocks;  // and one block more
 
     __host__ __device__ explicit AppendGrid(const Arguments& a) {
-        tables_per_block = kPlanesAtOnce / a.p.planes_per_table;
+        tables_per_block = kBlockPlanes / a.p.planes_per_table;
         chunks = (a.p.tables + tables_per_block - 1) / tables_per_block;
-        tile_tokens = a.p.tokens > a.p.sequences ? kMaxVectors : 1;
-        tiles = (a.p.tokens + tile_tokens - 1) / tile_tokens;
-        item_chunks = a.sparse ? chunks : 1;
-        key_blocks = tiles * a.p.kv_heads * chunks;
-        item_blocks = a.items * a.p.kv_heads * item_chunks;
-        tile_blocks = a.prefill_tiles > 0 ? 1 : 0;
+        tile = a.p.tokens > a.p.sequences ? kManyVectors : kFewVectors;
+        key_blocks = static_cast<int>((static_cast<int64_t>(a.p.tokens) * a.p.kv_heads + tile - 1) / tile) * chunks;
+        const int64_t queries = a.sparse ? static_cast<int64_t>(a.items) * a.p.query_heads : 0;
+        query_blocks = static_cast<int>((queries + kFewVectors - 1) / kFewVectors) * chunks;
     }
 };
 
 struct Shared {
-    float vectors[kMaxVectors][kMaxHeadSize];
-    uint8_t bits[kMaxVectors][kPlanesAtOnce];
-    int row[kMaxVectors];
-    int64_t slot[kMaxVectors];  // page * page_size + place in the page; -1: not cached
+    uint8_t bits[kManyVectors][kBlockPlanes];
+    int row[kManyVectors];
+    int64_t slot[kManyVectors];  // page * page_size + place in the page; -1: not cached
     uint32_t scan[33];
 };
 
-// Eight values of a plane.
-template <typename T>
-struct Piece {
-    uint4 raw;
-    __device__ __forceinline__ float operator[](int i) const { return to_float(reinterpret_cast<const T*>(&raw)[i]); }
+// The tables of a block, and its warp's rows among their planes.
+struct Chunk {
+    int first_table, tables, planes;
+
+    __device__ Chunk(const Arguments& a, const AppendGrid& grid, int index) {
+        first_table = index * grid.tables_per_block;
+        tables = min(grid.tables_per_block, a.p.tables - first_table);
+        planes = tables * a.p.planes_per_table;
+    }
 };
 
-// use(vector, plane, projection) for each of `count` vectors in shared memory and each plane of `planes` rows.
-template <typename T, typename Use>
-__device__ void project(const Arguments& a, const Shared& shared, const T* planes, int rows, int count, Use use) {
-    const int quarter = threadIdx.x & 3, plane = threadIdx.x >> 2;
-    const int pieces = a.p.head_size / 8;
-    const uint4* row =
-        reinterpret_cast<const uint4*>(planes + static_cast<int64_t>(min(plane, rows - 1)) * a.p.head_size);
-    for (int first = 0; first < count; first += 4) {
-        float sum[4] = {};
+// use(vector, plane of the chunk, projection) for TILES * 8 vectors; source(i): vector i, or nullptr for zeros.
+template <typename T, int TILES, typename Source, typename Use>
+__device__ __forceinline__ void project(const Arguments& a, const Chunk& chunk, Source source, Use use) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3, size = a.p.head_size;
+    const int plane = (threadIdx.x >> 5) * 16 + g;
+    if (plane - g >= chunk.planes) return;
+    const T* planes = static_cast<const T*>(a.p.planes) +
+                      static_cast<int64_t>(chunk.first_table) * a.p.planes_per_table * size + t * 8;
+    const T* low = planes + min(plane, chunk.planes - 1) * size;
+    const T* high = planes + min(plane + 8, chunk.planes - 1) * size;
+    const T* vector[TILES];
+#pragma unroll
+    for (int i = 0; i < TILES; i++) vector[i] = source(i * 8 + g);
+    float sum[TILES][4] = {};
 #pragma unroll 4
-        for (int i = quarter; i < pieces; i += 4) {
-            const Piece<T> w{__ldg(row + i)};
+    for (int d = 0; d < size; d += 32) {
+        const uint4 x = __ldg(reinterpret_cast<const uint4*>(low + d));
+        const uint4 y = __ldg(reinterpret_cast<const uint4*>(high + d));
 #pragma unroll
-            for (int v = 0; v < 4; v++) {
-                const float4* x = reinterpret_cast<const float4*>(&shared.vectors[first + v][i * 8]);
-                const float4 low = x[0], high = x[1];
-                sum[v] += w[0] * low.x + w[1] * low.y + w[2] * low.z + w[3] * low.w;
-                sum[v] += w[4] * high.x + w[5] * high.y + w[6] * high.z + w[7] * high.w;
-            }
+        for (int i = 0; i < TILES; i++) {
+            uint4 v = make_uint4(0, 0, 0, 0);
+            if (vector[i] != nullptr) v = __ldg(reinterpret_cast<const uint4*>(vector[i] + t * 8 + d));
+            multiply<T>(sum[i], {x.x, y.x, x.y, y.y}, {v.x, v.y});
+            multiply<T>(sum[i], {x.z, y.z, x.w, y.w}, {v.z, v.w});
         }
+    }
 #pragma unroll
-        for (int v = 0; v < 4; v++) {
-            sum[v] += __shfl_xor_sync(~0u, sum[v], 1);
-            sum[v] += __shfl_xor_sync(~0u, sum[v], 2);
+    for (int i = 0; i < TILES; i++) {
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            const int at = plane + (c >> 1) * 8;
+            if (at < chunk.planes) use(i * 8 + 2 * t + (c & 1), at, sum[i][c]);
         }
-        // Each of the four threads hands over one vector's projection.
-        const float mine = quarter == 0 ? sum[0] : quarter == 1 ? sum[1] : quarter == 2 ? sum[2] : sum[3];
-        if (plane < rows && first + quarter < count) use(first + quarter, plane, mine);
     }
 }
 
-// Vector `v` of `count` from `source(v)`; those up to the next multiple of four become zero.
-template <typename T, typename Source>
-__device__ void load_vectors(const Arguments& a, Shared& shared, int count, Source source) {
-    const int size = a.p.head_size;
-    for (int i = threadIdx.x; i < (count + 3) / 4 * 4 * size; i += kThreads) {
-        const int v = i / size, d = i % size;
-        const T* from = v < count ? source(v) : nullptr;
-        shared.vectors[v][d] = from ? to_float(from[d]) : 0.f;
-    }
-}
-
-template <typename T>
-__device__ void append_keys(const Arguments& a, const AppendGrid& grid, Shared& shared, int block) {
-    const int chunk = block % grid.chunks, head = block / grid.chunks % a.p.kv_heads;
-    const int first = block / grid.chunks / a.p.kv_heads * grid.tile_tokens;
-    const int count = min(grid.tile_tokens, a.p.tokens - first);
-    const int size = a.p.head_size;
-    if (threadIdx.x < kMaxVectors) shared.row[threadIdx.x] = -1;
-    __syncthreads();
-    for (int row = threadIdx.x; row < a.p.sequences; row += kThreads) {
+// Where the tile's tokens go, as one warp finds it: the cache slot of each vector.
+__device__ void find_slots(const Arguments& a, Shared& shared, int64_t first, int count) {
+    const int lane = threadIdx.x & 31;
+    for (int i = lane; i < count; i += 32) shared.row[i] = -1;
+    __syncwarp();
+    for (int row = lane; row < a.p.sequences; row += 32) {
         const Row r = read_row(a, row);
-        for (int v = max(0, r.first - first); v < min(count, r.first + r.count - first); v++) shared.row[v] = row;
+        for (int i = 0; i < count; i++) {
+            const int token = static_cast<int>((first + i) % a.p.tokens);
+            if (r.first <= token && token < r.first + r.count) shared.row[i] = row;
+        }
     }
-    __syncthreads();
-    if (threadIdx.x < count) {
-        const int row = shared.row[threadIdx.x];
+    __syncwarp();
+    for (int i = lane; i < count; i += 32) {
+        const int row = shared.row[i];
         int64_t slot = -1;
         if (row >= 0) {
             const Row r = read_row(a, row);
-            const int64_t position = static_cast<int64_t>(r.past) + first + threadIdx.x - r.first;
+            const int64_t position = static_cast<int64_t>(r.past) + (first + i) % a.p.tokens - r.first;
             if (position < a.max_length) {
                 const int page =
                     a.p.page_table[static_cast<int64_t>(row) * a.p.pages_per_sequence + (position >> a.page_shift)];
@@ -119,64 +115,78 @@ __device__ void append_keys(const Arguments& a, const AppendGrid& grid, Shared& 
                 }
             }
         }
-        shared.slot[threadIdx.x] = slot;
+        shared.slot[i] = slot;
     }
-    __syncthreads();
+}
 
-    const T* key = static_cast<const T*>(a.p.key) + (static_cast<int64_t>(head) * a.p.tokens + first) * size;
-    const T* value = static_cast<const T*>(a.p.value) + (static_cast<int64_t>(head) * a.p.tokens + first) * size;
-    const int page_mask = a.p.page_size - 1;
-    if (chunk == 0) {
-        const int pieces = size / 8;
-        for (int i = threadIdx.x; i < count * pieces; i += kThreads) {
-            const int v = i / pieces, piece = i % pieces;
-            const int64_t slot = shared.slot[v];
-            if (slot >= 0) {
-                const int64_t page_head = (slot >> a.page_shift) * a.p.kv_heads + head;
-                const int64_t to = (page_head * a.p.page_size + (slot & page_mask)) * pieces + piece;
-                static_cast<uint4*>(a.p.key_cache)[to] = reinterpret_cast<const uint4*>(key)[i];
-                static_cast<uint4*>(a.p.value_cache)[to] = reinterpret_cast<const uint4*>(value)[i];
-            }
-            if (shared.row[v] < 0) {  // padding: its output is zero
-                for (int g = 0; g < a.group; g++) {
-                    const int64_t to = (static_cast<int64_t>(head * a.group + g) * a.p.tokens + first + v) * pieces;
-                    static_cast<uint4*>(a.p.output)[to + piece] = make_uint4(0, 0, 0, 0);
-                }
+// Index of a slot of `head` in a cache that has one element a token.
+__device__ __forceinline__ int64_t cache_index(const Arguments& a, int64_t slot, int head) {
+    return (((slot >> a.page_shift) * a.p.kv_heads + head) << a.page_shift) + (slot & (a.p.page_size - 1));
+}
+
+// Keys, values and norms into the cache; zeros to the output of tokens that belong to no sequence.
+template <typename T>
+__device__ void copy_tile(const Arguments& a, const Shared& shared, int64_t first, int count) {
+    const int size = a.p.head_size, pieces = size / 8;
+    const uint4* key = static_cast<const uint4*>(a.p.key) + first * pieces;
+    const uint4* value = static_cast<const uint4*>(a.p.value) + first * pieces;
+    for (int i = threadIdx.x; i < count * pieces; i += kThreads) {
+        const int v = i / pieces, piece = i % pieces, head = static_cast<int>((first + v) / a.p.tokens);
+        if (shared.slot[v] >= 0) {
+            const int64_t to = cache_index(a, shared.slot[v], head) * pieces + piece;
+            static_cast<uint4*>(a.p.key_cache)[to] = key[i];
+            static_cast<uint4*>(a.p.value_cache)[to] = value[i];
+        }
+        if (shared.row[v] < 0) {
+            for (int g = 0; g < a.group; g++) {
+                const int64_t to = static_cast<int64_t>(head * a.group + g) * a.p.tokens + (first + v) % a.p.tokens;
+                static_cast<uint4*>(a.p.output)[to * pieces + piece] = make_uint4(0, 0, 0, 0);
             }
         }
-        for (int v = threadIdx.x >> 5; v < count; v += kThreads / 32) {
-            float sum = 0.f;
-            for (int d = threadIdx.x & 31; d < size; d += 32) {
-                const float x = to_float(value[v * size + d]);
-                sum += x * x;
-            }
+    }
+    for (int v = threadIdx.x >> 5; v < count; v += kThreads / 32) {
+        const T* from = static_cast<const T*>(a.p.value) + (first + v) * size;
+        float sum = 0.f;
+        for (int d = threadIdx.x & 31; d < size; d += 32) {
+            const float x = to_float(from[d]);
+            sum += x * x;
+        }
 #pragma unroll
-            for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-            const int64_t slot = shared.slot[v];
-            if ((threadIdx.x & 31) == 0 && slot >= 0) {
-                const int64_t page_head = (slot >> a.page_shift) * a.p.kv_heads + head;
-                static_cast<T*>(a.p.norm_cache)[page_head * a.p.page_size + (slot & page_mask)] =
-                    from_float<T>(sqrtf(sum));
-            }
+        for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+        if ((threadIdx.x & 31) == 0 && shared.slot[v] >= 0) {
+            const int64_t to = cache_index(a, shared.slot[v], static_cast<int>((first + v) / a.p.tokens));
+            static_cast<T*>(a.p.norm_cache)[to] = from_float<T>(sqrtf(sum));
         }
     }
+}
 
-    load_vectors<T>(a, shared, count, [&](int v) { return shared.slot[v] >= 0 ? key + v * size : nullptr; });
-    __syncthreads();
-    const int rank = a.p.planes_per_table, table = chunk * grid.tables_per_block;
-    const int tables = min(grid.tables_per_block, a.p.tables - table);
-    const T* planes = static_cast<const T*>(a.p.planes) + static_cast<int64_t>(table) * rank * size;
-    project(a, shared, planes, tables * rank, count,
+// A tile of keys, [Hkv, N, D] read as a list of vectors.
+template <typename T, int TILES>
+__device__ void append_keys(const Arguments& a, const AppendGrid& grid, Shared& shared, int block) {
+    const Chunk chunk(a, grid, block % grid.chunks);
+    const int64_t first = static_cast<int64_t>(block / grid.chunks) * grid.tile;
+    const int64_t vectors = static_cast<int64_t>(a.p.tokens) * a.p.kv_heads;
+    const int count = static_cast<int>(min(static_cast<int64_t>(grid.tile), vectors - first));
+    const T* key = static_cast<const T*>(a.p.key) + first * a.p.head_size;
+    if (threadIdx.x < kProjecting) {
+        project<T, TILES>(
+            a, chunk, [&](int v) { return v < count ? key + v * a.p.head_size : nullptr; },
             [&](int v, int plane, float x) { shared.bits[v][plane] = x >= 0.f; });
+    } else {
+        find_slots(a, shared, first, count);
+    }
     __syncthreads();
-    for (int i = threadIdx.x; i < count * tables; i += kThreads) {
-        const int v = i / tables, t = i % tables;
+    if (chunk.first_table == 0) copy_tile<T>(a, shared, first, count);
+    const int rank = a.p.planes_per_table;
+    for (int i = threadIdx.x; i < count * chunk.tables; i += kThreads) {
+        const int v = i / chunk.tables, t = i % chunk.tables;
         const int64_t slot = shared.slot[v];
         if (slot < 0) continue;
         uint32_t code = 0;
         for (int r = 0; r < rank; r++) code = code * 2 + shared.bits[v][t * rank + r];
-        const int64_t page_head = (slot >> a.page_shift) * a.p.kv_heads + head;
-        const int64_t to = ((page_head * a.p.tables + table + t) << a.page_shift) + (slot & page_mask);
+        const int64_t page_head = (slot >> a.page_shift) * a.p.kv_heads + (first + v) / a.p.tokens;
+        const int64_t to =
+            ((page_head * a.p.tables + chunk.first_table + t) << a.page_shift) + (slot & (a.p.page_size - 1));
         if (a.code_bytes == 1) {
             static_cast<uint8_t*>(a.p.code_cache)[to] = static_cast<uint8_t>(code);
         } else {
@@ -185,55 +195,31 @@ __device__ void append_keys(const Arguments& a, const AppendGrid& grid, Shared& 
     }
 }
 
-// Describe item `index`; all threads of the block must call it.
-__device__ Item find_item(const Arguments& a, Shared& shared, int index) {
-    if (threadIdx.x == 0) shared.row[0] = a.items_are_tokens ? -1 : index;
-    __syncthreads();
-    if (a.items_are_tokens) {
-        for (int row = threadIdx.x; row < a.p.sequences; row += kThreads) {
-            const Row r = read_row(a, row);
-            if (r.first <= index && index < r.first + r.count) shared.row[0] = row;
-        }
-        __syncthreads();
-    }
-    Item item{shared.row[0], index, 0, kItemNone};
-    if (item.row < 0) return item;
-    const Row r = read_row(a, item.row);
-    if (r.count == 0 || (r.count > 1 && !a.items_are_tokens)) return item;
-    if (!a.items_are_tokens) item.token = r.first;
-    item.length = min(r.past + (item.token - r.first) + 1, a.max_length);
-    item.mode = r.count == 1 && a.sparse && item.length > a.p.min_length ? kItemSparse : kItemDense;
-    return item;
-}
-
+// Eight query heads of decode queries.  A plane's positive side has probability sigmoid(2 tanh(w . q) / (sqrt(D) tau)).
 template <typename T>
-__device__ void prepare_item(const Arguments& a, const AppendGrid& grid, Shared& shared, int block) {
-    const int chunk = block % grid.item_chunks, head = block / grid.item_chunks % a.p.kv_heads;
-    const int index = block / grid.item_chunks / a.p.kv_heads;
-    const Item item = find_item(a, shared, index);
-    if (chunk == 0 && head == 0 && threadIdx.x == 0) a.item[index] = item;
-    if (item.mode != kItemSparse) return;
-
-    const int selecting = a.select_heads / a.p.kv_heads;
-    const int64_t first_selection = static_cast<int64_t>(index) * a.select_heads + head * selecting;
-    uint4* bins = reinterpret_cast<uint4*>(a.histogram + first_selection * kHistogramBins);
-    for (int i = chunk * kThreads + threadIdx.x; i < selecting * kHistogramBins / 4; i += grid.item_chunks * kThreads) {
-        bins[i] = make_uint4(0, 0, 0, 0);
-    }
-    if (chunk == 0 && threadIdx.x < selecting) a.selection[first_selection + threadIdx.x] = SelectionState{};
-
-    const int size = a.p.head_size, rank = a.p.planes_per_table, table = chunk * grid.tables_per_block;
-    const int tables = min(grid.tables_per_block, a.p.tables - table);
-    const T* query = static_cast<const T*>(a.p.query);
-    load_vectors<T>(a, shared, a.group, [&](int v) {
-        return query + (static_cast<int64_t>(head * a.group + v) * a.p.tokens + item.token) * size;
-    });
-    __syncthreads();
-    const float factor = 2.f / (sqrtf(static_cast<float>(size)) * a.p.temperature);
-    const T* planes = static_cast<const T*>(a.p.planes) + static_cast<int64_t>(table) * rank * size;
-    float* logit = a.logit + (static_cast<int64_t>(index) * a.p.query_heads + head * a.group) * a.p.tables * rank;
-    project(a, shared, planes, tables * rank, a.group, [&](int v, int plane, float x) {
-        logit[static_cast<int64_t>(v) * a.p.tables * rank + table * rank + plane] = factor * tanhf(x);
+__device__ void project_queries(const Arguments& a, const AppendGrid& grid, int block) {
+    if (threadIdx.x >= kProjecting) return;
+    const Chunk chunk(a, grid, block % grid.chunks);
+    const int64_t first = static_cast<int64_t>(block / grid.chunks) * kFewVectors;
+    const int64_t vectors = static_cast<int64_t>(a.items) * a.p.query_heads;
+    const auto source = [&](int v) -> const T* {
+        if (first + v >= vectors) return nullptr;
+        const int item = static_cast<int>((first + v) / a.p.query_heads);
+        int token = item;
+        if (!a.items_are_tokens) {
+            const Row r = read_row(a, item);
+            if (r.count == 0) return nullptr;
+            token = r.first;
+        }
+        const int64_t head = (first + v) % a.p.query_heads;
+        return static_cast<const T*>(a.p.query) + (head * a.p.tokens + token) * a.p.head_size;
+    };
+    const int rank = a.p.planes_per_table;
+    const float factor = 2.f / (sqrtf(static_cast<float>(a.p.head_size)) * a.p.temperature);
+    project<T, 1>(a, chunk, source, [&](int v, int plane, float x) {
+        if (first + v >= vectors) return;
+        const int table = chunk.first_table + plane / rank, r = plane % rank;
+        a.probability[((first + v) * rank + r) * a.p.tables + table] = 1.f / (1.f + __expf(-factor * tanhf(x)));
     });
 }
 
@@ -262,16 +248,23 @@ __device__ void list_tiles(const Arguments& a, Shared& shared) {
 }
 
 template <typename T>
-__global__ __launch_bounds__(kThreads) void append_kernel(const __grid_constant__ Arguments a) {
+__global__ __launch_bounds__(kThreads, 1) void append_kernel(const __grid_constant__ Arguments a) {
     __shared__ Shared shared;
     const AppendGrid grid(a);
+    start_next_kernel();
     int block = blockIdx.x;
-    if (block < grid.key_blocks) {
-        append_keys<T>(a, grid, shared, block);
-    } else if ((block -= grid.key_blocks) < grid.item_blocks) {
-        prepare_item<T>(a, grid, shared, block);
+    if (block == 0) {
+        for (int i = threadIdx.x; i < a.items; i += kThreads) a.item[i] = read_item(a, i);
+        if (a.combined) {
+            for (int i = threadIdx.x; i < a.items * a.select_heads; i += kThreads) a.arrived[i] = 0;
+        }
+        if (a.prefill_tiles > 0) list_tiles(a, shared);
+    } else if ((block -= 1) < grid.query_blocks) {
+        project_queries<T>(a, grid, block);
+    } else if (grid.tile == kFewVectors) {
+        append_keys<T, kFewVectors / 8>(a, grid, shared, block - grid.query_blocks);
     } else {
-        list_tiles(a, shared);
+        append_keys<T, kManyVectors / 8>(a, grid, shared, block - grid.query_blocks);
     }
 }
 
@@ -279,8 +272,11 @@ __global__ __launch_bounds__(kThreads) void append_kernel(const __grid_constant_
 
 cudaError_t launch_append(const Arguments& a, cudaStream_t stream) {
     const AppendGrid grid(a);
-    const Launch launch(dim3(grid.key_blocks + grid.item_blocks + grid.tile_blocks), dim3(kThreads), 0, stream);
-    return a.p.dtype == SOCKET_TRT_FLOAT16 ? launch(append_kernel<__half>, a) : launch(append_kernel<__nv_bfloat16>, a);
+    const auto kernel = a.p.dtype == SOCKET_TRT_FLOAT16 ? append_kernel<__half> : append_kernel<__nv_bfloat16>;
+    const cudaError_t status = set_up(kernel, 0);
+    if (status != cudaSuccess) return status;
+    const Launch launch(dim3(1 + grid.query_blocks + grid.key_blocks), dim3(kThreads), 0, stream);
+    return launch(kernel, a);
 }
 
 }  // namespace socket_trt

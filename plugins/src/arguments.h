@@ -31,21 +31,10 @@ struct PrefillTile {
     int32_t position;  // of the first token in its sequence
 };
 
-// The selection of one item and head; zeroed by the append kernel.
-struct SelectionState {
-    uint32_t total;      // slots in the finished list
-    uint32_t listed;     // slots written to it so far
-    uint32_t collected;  // tokens near the threshold, not yet decided
-    uint32_t finished;   // blocks that are done
-};
-
-constexpr int kHistogramBins = 2048;  // the upper 11 bits of a 16-bit score key
-constexpr int kFineBits = 5;          // the others
-constexpr int kCollectCapacity = 16384;
-constexpr int kPrefillRows = 128;    // BLOCK_M of plugins/triton/prefill_attention.py
-constexpr int kScoreUnit = 256;      // tokens whose keys a scoring warp may write at once: rows are padded to it
-constexpr int kSelectTokens = 8192;  // tokens that a block of the select kernel looks at at once
-constexpr int kSelectBlocksPerMultiprocessor = 4;
+constexpr int kPrefillRows = 128;  // BLOCK_M of plugins/triton/prefill_attention.py
+constexpr int kMaxSplits = 64;     // MAX_SPLITS of plugins/triton/decode_attention.py
+constexpr int kSampleTokens = 64;  // of so many tokens the key of one is kept aside
+constexpr int kScoreUnit = 256;    // rows of score keys begin and end on whole units of so many tokens
 
 struct Arguments {
     SocketTrtAttentionParams p;
@@ -64,18 +53,21 @@ struct Arguments {
     int32_t prefill_tiles;
     int32_t sparse_splits;  // parts that one item's attention is split into
     int32_t dense_splits;
-    int32_t select_rounds;  // times kSelectTokens that a block of the select kernel looks at, one after the other
+    int32_t combined;         // the sparse attention kernel combines its parts itself
+    int32_t select_blocks;    // blocks that select for one head together: a cluster
+    int32_t select_capacity;  // keys that such a block can hold
+    int32_t overlapped;       // the device can begin a kernel while the one before it still runs
 
     // Workspace.
     Item* item;                 // [items]
     PrefillTile* prefill_tile;  // [prefill_tiles]
-    float* logit;               // [items, Hq, L, R]: 2 tanh(w . q) / (sqrt(D) tau)
-    uint32_t* histogram;        // [items, select_heads, kHistogramBins]: keys of a sample of the tokens
-    SelectionState* selection;  // [items, select_heads]
-    uint16_t* score_key;        // [items, select_heads, key_stride]
-    float* score_partial;       // [items, Hkv, key_stride], only where a score takes several passes
-    uint64_t* collected;        // [items, select_heads, kCollectCapacity]: key << 32 | ~position
+    float* probability;         // [items, Hq, R, L]: of a plane's positive side
+    uint16_t* score_key;        // [items, select_heads, key_stride]: float16, to compare
+    uint16_t* sample_key;       // [items, select_heads, key_stride / kSampleTokens]: one of each so many
+    void* score_partial;        // sums so far, where a score takes several passes
+    uint32_t* listed;           // [items, select_heads]: slots in the list
     int32_t* slot;              // [items, select_heads, list_stride]: page * page_size + place in the page
+    int32_t* arrived;           // [items, select_heads]: parts that are done, if they combine themselves
     float* partial_output;      // [items, Hq, splits, D]
     float* partial_stats;       // [items, Hq, splits, 2]: maximum (base 2) and sum
 };

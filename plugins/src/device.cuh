@@ -26,6 +26,20 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
     return __float2bfloat16_rn(x);
 }
 
+// Kernels of one call overlap: each begins while the one before it still runs, and waits here before it looks at
+// anything that an earlier kernel of the call writes.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next kernel may begin as soon as all blocks have come here or have ended.
+__device__ __forceinline__ void start_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ int clamp(int x, int low, int high) {
     return min(max(x, low), high);
 }
@@ -42,6 +56,26 @@ __device__ __forceinline__ Row read_row(const Arguments& a, int row) {
     r.count = clamp(a.p.query_start[row + 1], r.first, a.p.tokens) - r.first;
     r.past = clamp(a.p.past_length[row], 0, a.max_length);
     return r;
+}
+
+// Describe item `index` of the step.
+__device__ __forceinline__ Item read_item(const Arguments& a, int index) {
+    Item item{index, index, 0, kItemNone};
+    Row r = read_row(a, index);  // where every sequence has a token, an item is of the row of the same number
+    if (a.items_are_tokens) {
+        for (int row = 0; index < r.first || index >= r.first + r.count; row++) {
+            if (row == a.p.sequences) return Item{-1, index, 0, kItemNone};
+            r = read_row(a, row);
+            item.row = row;
+        }
+    } else if (r.count == 1) {
+        item.token = r.first;
+    } else {
+        return item;
+    }
+    item.length = min(r.past + item.token - r.first + 1, a.max_length);
+    item.mode = r.count == 1 && a.sparse && item.length > a.p.min_length ? kItemSparse : kItemDense;
+    return item;
 }
 
 // Page that holds `position` of sequence `row`; the null page where the table holds nonsense.
@@ -63,7 +97,7 @@ struct Candidates {
     }
     __device__ __forceinline__ int count() const { return max(0, last - first); }
     // First position whose key the scoring kernel writes: whole units, so that 16-byte pieces stay inside pages.
-    __device__ __forceinline__ int begin() const { return visible / kScoreUnit * kScoreUnit; }
+    __device__ __forceinline__ int begin() const { return first / kScoreUnit * kScoreUnit; }
 };
 
 // M = max(budget_tokens, ceil(length * budget_permille / 1000)).

@@ -36,8 +36,11 @@ cudaError_t load(const EmbeddedKernel& entry, int device, cudaKernel_t& kernel) 
     if (status != cudaSuccess) return status;
     status = cudaLibraryGetKernel(&kernel, library, entry.symbol);
     if (status != cudaSuccess) return status;
-    return cudaKernelSetAttributeForDevice(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, entry.shared_memory,
-                                           device);
+    status = cudaKernelSetAttributeForDevice(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, entry.shared_memory,
+                                             device);
+    if (status != cudaSuccess) return status;
+    return cudaKernelSetAttributeForDevice(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                           cudaSharedmemCarveoutMaxShared, device);
 }
 
 }  // namespace
@@ -70,7 +73,7 @@ cudaError_t load_kernels(const Device& device) {
 }
 
 cudaError_t launch_embedded(const char* name, int dtype, int head_size, const Device& device, dim3 grid,
-                            cudaStream_t stream, std::initializer_list<const void*> arguments) {
+                            bool overlapped, cudaStream_t stream, std::initializer_list<const void*> arguments) {
     const EmbeddedKernel* entry = find_kernel(name, dtype, head_size, device.architecture);
     if (entry == nullptr) return cudaErrorNoKernelImageForDevice;
     const cudaKernel_t kernel = loaded_kernels()[device.ordinal].kernels[entry - kEmbeddedKernels];
@@ -79,7 +82,8 @@ cudaError_t launch_embedded(const char* name, int dtype, int head_size, const De
     int count = 0;
     for (const void* argument : arguments) pointers[count++] = const_cast<void*>(argument);
     for (int i = 0; i < 2; i++) pointers[count++] = const_cast<void**>(&no_scratch);
-    const Launch launch(grid, dim3(entry->threads), entry->shared_memory, stream);
+    Launch launch(grid, dim3(entry->threads), entry->shared_memory, stream);
+    launch.overlapped(overlapped && entry->architecture >= 90);  // older ones and PTX do not wait
     return launch.by_pointers(kernel, pointers);
 }
 

@@ -32,9 +32,10 @@ const EmbeddedKernel* find_kernel(const char* name, int dtype, int head_size, in
 // Load every kernel that suits the device; later calls return at once.
 cudaError_t load_kernels(const Device& device);
 
-// Launch a kernel; nullptr-terminated scratch pointers are added to `arguments`.
+// Launch a kernel, `overlapped` with the one before it if it is made for that; nullptr-terminated scratch pointers are
+// added to `arguments`.
 cudaError_t launch_embedded(const char* name, int dtype, int head_size, const Device& device, dim3 grid,
-                            cudaStream_t stream, std::initializer_list<const void*> arguments);
+                            bool overlapped, cudaStream_t stream, std::initializer_list<const void*> arguments);
 
 }  // namespace socket_trt
 

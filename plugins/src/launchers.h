@@ -15,21 +15,39 @@ struct Device {
     int shared_memory;  // bytes a block can have
 };
 
-// How the scoring kernel is laid out for given shapes; heads == 0: nothing fits the device.
+// How scoring is laid out for given shapes.
 struct ScorePlan {
-    int heads;   // query heads that one look-up serves: 4, 2 or 1
-    int passes;  // times a block reads its codes (several only for selection kv_head above 8 planes)
+    int columns;  // hash tables that one pass looks up; 0: the kernel for many planes
+    int packing;  // what an entry of the look-up table holds
+    int passes;   // times a block reads codes, each time of other hash tables
     int warps;
-    int chunks;       // blocks that share one item and group of heads
-    int head_blocks;  // groups of heads
+    int head_blocks;  // groups of query heads of a KV head
+    int slots;        // blocks for each of them, over all items
     int shared_memory;
+    int64_t partial_bytes;  // workspace for sums between passes
 };
 ScorePlan plan_score(const Arguments& a, const Device& device);
+ScorePlan plan_score_wide(const Arguments& a);
+
+// Blocks that select for one head together.
+int plan_select(const Arguments& a, const Device& device);
+int plan_select_capacity(const Device& device);
 
 cudaError_t launch_append(const Arguments& a, cudaStream_t stream);
 cudaError_t launch_score(const Arguments& a, const ScorePlan& plan, cudaStream_t stream);
+cudaError_t launch_score_wide(const Arguments& a, const ScorePlan& plan, cudaStream_t stream);
 cudaError_t launch_select(const Arguments& a, cudaStream_t stream);
 cudaError_t launch_combine(const Arguments& a, cudaStream_t stream);
+
+// Allow a kernel its shared memory.  All kernels ask for the same division of a multiprocessor's memory into cache and
+// shared memory, so that none has to wait until it is divided anew.
+template <typename... Parameters>
+cudaError_t set_up(void (*kernel)(Parameters...), size_t shared_memory) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_memory));
+    if (status != cudaSuccess) return status;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+}
 
 // Where and how large a kernel runs.
 class Launch {
@@ -41,6 +59,22 @@ class Launch {
         config_.stream = stream;
     }
 
+    Launch(const Launch&) = delete;
+    Launch& operator=(const Launch&) = delete;
+
+    // Blocks (x) of the grid that run together and see each other's shared memory: from compute capability 9.0 on.
+    Launch& cluster(int blocks) {
+        cudaLaunchAttribute& attribute = add(cudaLaunchAttributeClusterDimension);
+        attribute.val.clusterDim.x = blocks;
+        attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+        return *this;
+    }
+    // Begin while the kernel before still runs (wait_for_previous_kernel in device.cuh): from 9.0 on, too.
+    Launch& overlapped(bool on) {
+        if (on) add(cudaLaunchAttributeProgrammaticStreamSerialization).val.programmaticStreamSerializationAllowed = 1;
+        return *this;
+    }
+
     template <typename... Parameters, typename... Values>
     cudaError_t operator()(void (*kernel)(Parameters...), const Values&... values) const {
         return cudaLaunchKernelEx(&config_, kernel, values...);
@@ -50,7 +84,14 @@ class Launch {
     }
 
   private:
+    cudaLaunchAttribute& add(cudaLaunchAttributeID id) {
+        config_.attrs = attributes_;
+        attributes_[config_.numAttrs].id = id;
+        return attributes_[config_.numAttrs++];
+    }
+
     cudaLaunchConfig_t config_{};
+    cudaLaunchAttribute attributes_[2];
 };
 
 }  // namespace socket_trt

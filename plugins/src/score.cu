@@ -1,46 +1,52 @@
-// Scores of all cached tokens for all sparse decode items, as 16-bit keys, and a histogram of a sample of the keys.
+// Scores of all candidates of all sparse decode items, as float16 numbers that order them, for up to 10 planes.
 //
-// A score is a sum of L look-ups, and look-ups in shared memory are what bounds it: 32 lanes that look at random places
-// of one table meet in a bank three to four deep.  Here lane i of a warp looks at table (i + s) mod 32 in step s, and
-// the tables lie one to a bank (row = code, column = table), so that the 32 look-ups of a step never meet.  The row is
-// 256 bytes, so that one byte permutation makes the whole address: byte 0 is the column, byte 1 the code.
+// A score is a sum of L look-ups, one a hash table, and what bounds it is shared memory.  The table (score_tables.cuh)
+// lies so that a hash table is a bank, and the 32 lanes of a warp always look at 32 different hash tables: no two meet,
+// whatever the codes.  A look-up fetches four bytes that serve up to four query heads of a KV head.
 //
-//   up to 8 planes   one look-up a table.  The 4-byte entry serves several query heads of a KV head: four 8-bit
-//                    probabilities, or two of 16 bits, or one of 32 (a KV head's sum, where it selects as one).
-//   9 to 16 planes   the table is the product of two half-tables (low byte and high byte of the code) in float16; one
-//                    entry holds four, two or one heads.
+// Tensor cores add them up.  The four lanes of a quad look up the same tokens in different hash tables; as the left
+// operand of a matrix product of bytes, a lane's words are four tokens' rows, and a right operand of zeros and ones
+// adds the quad's bytes head by head, exactly, in 32 bits.  So a look-up costs little more than its address and its
+// load.
 //
-// Warps work alone: each copies stages (32 tables of a unit of tokens) into its own piece of shared memory, with
-// asynchronous copies of 16 bytes whatever the page size, and looks them up while the other warps wait for theirs.
-#include <type_traits>
-
+// Warps work alone.  Each has a ring of stages in shared memory, a stage being the codes of a unit of tokens in 32 hash
+// tables, filled by asynchronous copies of 16 bytes whatever the page size.  Rows of a stage are rotated by pieces of
+// 16 bytes so that the lanes of a load find their pieces in different banks.
 #include "device.cuh"
 #include "launchers.h"
+#include "mma.cuh"
 #include "score_tables.cuh"
 
 namespace socket_trt {
 namespace {
 
 constexpr int kMaxWarps = 16;
-constexpr uint32_t kFixedKey = 65535;  // attended whatever its score
+constexpr int kStages = 2;
+constexpr int kStageBytes = kGroup * 128;
+constexpr int kSystemShared = 1024;  // where a block's own shared memory begins
+constexpr int kStaticShared = 1024;  // at most
+// With 64 columns the table lies on a multiple of its size, so that one byte permutation makes an entry's address.
+constexpr int kAlignedTable = 65536;
+constexpr int kStagesBelowTable = (kAlignedTable - kSystemShared - kStaticShared) / kStageBytes;
 
-struct SharedPlan {
-    int regions, low_bytes, high_bytes, stage_bytes, histogram_bytes, scratch_bytes, total;
+// Where table, stages and the planes' sides lie in dynamic shared memory, which begins at address `base`.
+template <int CODE_BYTES, int COLUMNS>
+struct Places {
+    static constexpr bool kAligned = COLUMNS == 64;
+    static constexpr int kTableBytes = Layout<CODE_BYTES, COLUMNS>::kTableBytes;
+    uint32_t base;
+    int stages;
 
-    template <int CODE_BYTES, int HEADS>
-    __host__ __device__ static SharedPlan make(const Arguments& a, int warps, int histograms) {
-        using L = Layout<CODE_BYTES, HEADS>;
-        SharedPlan s;
-        s.regions = (a.p.tables + L::kColumns - 1) / L::kColumns;
-        s.low_bytes = s.regions * kRegionBytes;
-        s.high_bytes = CODE_BYTES == 1 ? 0 : s.regions * (1 << (a.p.planes_per_table - 8)) * kRowBytes;
-        s.stage_bytes = warps * L::kStageBytes;
-        s.histogram_bytes = histograms * kHistogramBins * 2;
-        s.scratch_bytes = 2 * kHalfEntries * s.regions * L::kColumns * 16;  // in the place of stages and histogram
-        const int used = s.stage_bytes + s.histogram_bytes;
-        s.total = s.low_bytes + s.high_bytes + (used > s.scratch_bytes ? used : s.scratch_bytes);
-        return s;
+    __host__ __device__ uint32_t table() const { return kAligned ? kAlignedTable : base + stages * kStageBytes; }
+    __host__ __device__ uint32_t stage(int i) const {
+        const bool above = kAligned && i >= kStagesBelowTable;
+        return above ? kAlignedTable + kTableBytes + (i - kStagesBelowTable) * kStageBytes : base + i * kStageBytes;
     }
+    __host__ __device__ uint32_t sides() const {
+        const int above = kAligned && stages > kStagesBelowTable ? stages - kStagesBelowTable : 0;
+        return table() + kTableBytes + above * kStageBytes;
+    }
+    __host__ __device__ uint32_t end() const { return sides() + sizeof(Sides<CODE_BYTES, COLUMNS>); }
 };
 
 __device__ __forceinline__ void copy_16_bytes(uint32_t to, const void* from) {
@@ -49,403 +55,387 @@ __device__ __forceinline__ void copy_16_bytes(uint32_t to, const void* from) {
 __device__ __forceinline__ void commit_copies() {
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
-__device__ __forceinline__ void wait_for_copies() {
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
+__device__ __forceinline__ void wait_for_oldest_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
 }
-
 __device__ __forceinline__ uint32_t load_word(uint32_t address) {
     uint32_t x;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address));
     return x;
 }
-
-// Order-preserving 16-bit key of a score: 6 bits of exponent and 10 of mantissa, 1 ... 65534.
-__device__ __forceinline__ uint32_t score_key(float score) {
-    constexpr int kLowestExponent = 127 - 40;
-    return clamp((__float_as_int(score) >> 13) - (kLowestExponent << 10), 1, 65534);
+__device__ __forceinline__ uint4 load_piece(uint32_t address) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(address));
+    return x;
 }
 
-// Sums of one lane's tokens over the tables of a stage.
-template <int CODE_BYTES, int HEADS>
-class Sums;
-
-// Four heads in four bytes of at most 127, so that two entries add up inside their bytes.  Bytes 0 and 2 of such a pair
-// add up masked; of pair >> 8 everything adds up, and what bytes 2 brought into it is taken out at the end.
-template <>
-class Sums<1, 4> {
-  public:
-    __device__ __forceinline__ void add(int token, uint32_t x, uint32_t y) {
-        const uint32_t pair = x + y;
-        even_[token] += pair & 0x00ff00ffu;
-        odd_[token] += pair >> 8;
-    }
-    __device__ __forceinline__ float head(int token, int h) const {
-        const uint32_t e = even_[token], o = odd_[token] - (e >> 16 << 8);
-        const uint32_t pair = h & 1 ? o : e;
-        return static_cast<float>(h & 2 ? pair >> 16 : pair & 0xffff);
-    }
-
-  private:
-    uint32_t even_[Layout<1, 4>::kTokensPerWord] = {}, odd_[Layout<1, 4>::kTokensPerWord] = {};
+// What a block scores: an item, and which of the parts that its tokens are split into.
+struct Share {
+    int item, part, parts;
 };
 
-template <int HEADS>
-class Sums<1, HEADS> {
-  public:
-    __device__ __forceinline__ void add(int token, uint32_t x, uint32_t y) { sum_[token] += x + y; }
-    __device__ __forceinline__ float head(int token, int h) const {
-        if (HEADS == 1) return static_cast<float>(sum_[token]);
-        return static_cast<float>(h ? sum_[token] >> 16 : sum_[token] & 0xffff);
-    }
-
-  private:
-    uint32_t sum_[Layout<1, HEADS>::kTokensPerWord] = {};
-};
-
-// Products of half-tables, in float16 over four tables and in float32 over all.
-template <int HEADS>
-class Sums<2, HEADS> {
-  public:
-    static constexpr int kPairs = (HEADS + 1) / 2;
-    __device__ __forceinline__ void add(int token, uint32_t low, uint32_t high) {
-        if constexpr (HEADS == 1) {
-            uint16_t x, y;
-            asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(low));
-            asm volatile("ld.shared.u16 %0, [%1];" : "=h"(y) : "r"(high));
-            part_[token][0] = __hfma2(as_pair(x), as_pair(y), part_[token][0]);
-        } else if constexpr (HEADS == 2) {
-            const uint32_t x = load_word(low), y = load_word(high);
-            part_[token][0] = __hfma2(as_pair(x), as_pair(y), part_[token][0]);
-        } else {
-            uint2 x, y;
-            asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(low));
-            asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(y.x), "=r"(y.y) : "r"(high));
-            part_[token][0] = __hfma2(as_pair(x.x), as_pair(y.x), part_[token][0]);
-            part_[token][1] = __hfma2(as_pair(x.y), as_pair(y.y), part_[token][1]);
-        }
-    }
-    __device__ __forceinline__ void widen() {
-#pragma unroll
-        for (int t = 0; t < Layout<2, HEADS>::kTokensPerWord; t++) {
-#pragma unroll
-            for (int i = 0; i < kPairs; i++) {
-                const float2 x = __half22float2(part_[t][i]);
-                sum_[t][2 * i] += x.x;
-                sum_[t][2 * i + 1] += x.y;
-                part_[t][i] = __half2half2(__ushort_as_half(0));
-            }
-        }
-    }
-    __device__ __forceinline__ float head(int token, int h) const { return sum_[token][h]; }
-
-  private:
-    static __device__ __forceinline__ __half2 as_pair(uint32_t x) { return *reinterpret_cast<__half2*>(&x); }
-    __half2 part_[Layout<2, HEADS>::kTokensPerWord][kPairs] = {};
-    float sum_[Layout<2, HEADS>::kTokensPerWord][2 * kPairs] = {};
-};
-
-// Look up the tables of one stage for the lane's tokens.
-template <int CODE_BYTES, int HEADS>
-__device__ __forceinline__ void look_up(Sums<CODE_BYTES, HEADS> (&sums)[Layout<CODE_BYTES, HEADS>::kWords],
-                                        uint32_t stage, uint32_t low, uint32_t high, int group, int planes) {
-    using L = Layout<CODE_BYTES, HEADS>;
+// Every sparse item has one of the `slots` blocks (for each set of heads), and of the others what its length deserves.
+// All lanes of a warp must call it; item < 0: nothing to do.
+__device__ Share find_share(const Arguments& a, int slots, int slot) {
     const int lane = threadIdx.x & 31;
-    const uint32_t region = group / L::kGroupsPerRegion;
-    const uint32_t column = (group % L::kGroupsPerRegion * kGroup) * L::kEntryBytes | region << 16;
-    const uint32_t own = stage + lane * 4;
-    if constexpr (CODE_BYTES == 1) {
-#pragma unroll 4
-        for (int s = 0; s < kGroup; s += 2) {
-            const uint32_t row = (lane + s) & (kGroup - 1), next_row = (lane + s + 1) & (kGroup - 1);
-            const uint32_t base = column + row * L::kEntryBytes, next_base = column + next_row * L::kEntryBytes;
-#pragma unroll
-            for (int w = 0; w < L::kWords; w++) {
-                const uint32_t codes = load_word(own + row * 128 + w * L::kWordBytes);
-                const uint32_t next_codes = load_word(own + next_row * 128 + w * L::kWordBytes);
-#pragma unroll
-                for (int b = 0; b < 4; b++) {
-                    // Byte 0: column; byte 1: code; bytes 2 and 3: region.
-                    const uint32_t x = load_word(low + __byte_perm(codes, base, 0x7604 | b << 4));
-                    const uint32_t y = load_word(low + __byte_perm(next_codes, next_base, 0x7604 | b << 4));
-                    sums[w].add(b, x, y);
-                }
-            }
-        }
-    } else {
-        // The high byte's row holds the region above its 2^(R-8) codes.
-        const uint32_t mask = (1u << planes) - 1, mark = region << planes;
-        const uint32_t masks = mask | mask << 16, marks = mark | mark << 16;
-#pragma unroll 2
-        for (int s = 0; s < kGroup; s += 4) {
-#pragma unroll
-            for (int t = 0; t < 4; t++) {
-                const uint32_t row = (lane + s + t) & (kGroup - 1);
-                const uint32_t base = column + row * L::kEntryBytes, base_high = base & 0xff;
-                const uint32_t codes = (load_word(own + row * 128) & masks) | marks;
-#pragma unroll
-                for (int b = 0; b < 2; b++) {
-                    sums[0].add(b, low + __byte_perm(codes, base, 0x7604 | b << 5),
-                                high + __byte_perm(codes, base_high, 0x7614 | b << 5));
-                }
-            }
-            sums[0].widen();
-        }
+    const auto weight_of = [&](int i) -> uint32_t {
+        if (i >= a.items) return 0;
+        const Item item = read_item(a, i);
+        return item.mode == kItemSparse ? max(1, Candidates(a, item.length).count() / kScoreUnit) : 0;
+    };
+    uint32_t total = 0, items = 0;
+    for (int base = 0; base < a.items; base += 32) {
+        const uint32_t weight = weight_of(base + lane);
+        total += __reduce_add_sync(~0u, weight);
+        items += __popc(__ballot_sync(~0u, weight > 0));
     }
+    const uint64_t others = slots - items;
+    uint32_t before = 0;
+    for (int base = 0; base < a.items; base += 32) {
+        const uint32_t weight = weight_of(base + lane);
+        const uint32_t parts = weight > 0 ? 1 + static_cast<uint32_t>(others * weight / total) : 0;
+        uint32_t until = parts;
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const uint32_t below = __shfl_up_sync(~0u, until, step);
+            if (lane >= step) until += below;
+        }
+        until += before;
+        const uint32_t mine = __ballot_sync(~0u, until > static_cast<uint32_t>(slot));
+        if (mine) {
+            const int owner = __ffs(mine) - 1;
+            const int owned = __shfl_sync(~0u, parts, owner), end = __shfl_sync(~0u, until, owner);
+            return Share{base + owner, slot - (end - owned), owned};
+        }
+        before = __shfl_sync(~0u, until, 31);
+    }
+    return Share{-1, 0, 1};
 }
 
-// One warp's way through the cache: which pieces it copies, unit by unit.
-template <typename T, int CODE_BYTES, int HEADS>
+// One warp's way through the codes, and the copies that run ahead of it.
+template <int CODE_BYTES, int COLUMNS>
 class Walk {
-    using L = Layout<CODE_BYTES, HEADS>;
+    using L = Layout<CODE_BYTES, COLUMNS>;
 
   public:
-    static constexpr int kPieceTokens = 16 / CODE_BYTES;
-    using Norms = typename std::conditional<CODE_BYTES == 1, uint2, uint32_t>::type;
-
-    __device__ Walk(const Arguments& a, const Item& item, int head, int begin)
-        : a_(a), item_(item), head_(head), begin_(begin) {}
-
-    __device__ __forceinline__ int position(int unit, int word) const {
-        return begin_ + unit * L::kUnit + word * L::kWordTokens;
+    // Units first_unit, first_unit + stride, ... below last_unit, of L::kUnit tokens each from position `begin` on, in
+    // `tables` hash tables from `first_table` on.
+    __device__ Walk(const Arguments& a, int row, int kv_head, int begin, int first_unit, int last_unit, int stride,
+                    int first_table, int tables, const uint32_t (&stage)[kStages])
+        : a_(a), begin_(begin), unit_(first_unit), last_(last_unit), stride_(stride), tables_(tables) {
+        const int lane = threadIdx.x & 31;
+        table_row_ = a.p.page_table + static_cast<int64_t>(row) * a.p.pages_per_sequence;
+        const int row_bytes = a.p.page_size * CODE_BYTES;
+        step_ = 4 * row_bytes;
+        page_bytes_ = static_cast<int64_t>(a.p.kv_heads) * a.p.tables * row_bytes;
+        head_ = static_cast<const char*>(a.p.code_cache) +
+                static_cast<int64_t>(kv_head * a.p.tables + first_table + (lane >> 3)) * row_bytes;
+#pragma unroll
+        for (int s = 0; s < kStages; s++) stage_[s] = stage[s] + (lane >> 3) * 128;
+        from_ = piece_of(unit_, load_page(unit_, lane & 7));
+        next_page_ = load_page(unit_ + stride, lane & 7);
     }
 
-    // The pages from which this lane copies pieces of a unit (eight lanes copy a row of 128 bytes), as the table has
-    // them: `check` looks at them when they are needed.
-    __device__ __forceinline__ void load_pages(int unit, int (&page)[L::kWords]) const {
-        const int* row = a_.p.page_table + static_cast<int64_t>(item_.row) * a_.p.pages_per_sequence;
-#pragma unroll
-        for (int w = 0; w < L::kWords; w++) {
-            const int at = position(unit, w) + (threadIdx.x & 7) * kPieceTokens;
-            page[w] = at < a_.max_length ? __ldg(row + (at >> a_.page_shift)) : 0;
-        }
+    // Position of one of the eight parts of a unit.
+    __device__ __forceinline__ int position(int unit, int part) const {
+        return begin_ + unit * L::kUnit + part * L::kQuadTokens;
     }
-    __device__ __forceinline__ void check(int (&page)[L::kWords]) const {
-#pragma unroll
-        for (int w = 0; w < L::kWords; w++) {
-            if (static_cast<uint32_t>(page[w]) >= static_cast<uint32_t>(a_.p.pages)) page[w] = 0;
-        }
+    // The page that a part of a unit lies in, as the table has it.
+    __device__ __forceinline__ int load_page(int unit, int part) const {
+        const int at = position(unit, part);
+        return unit < last_ && at < a_.max_length ? __ldg(table_row_ + (at >> a_.page_shift)) : 0;
     }
-    // Start to copy a stage: the codes of `group` for a unit's tokens.
-    __device__ __forceinline__ void copy(int unit, int group, const int (&page)[L::kWords], uint32_t stage) const {
-        const int lane = threadIdx.x & 31, piece = lane & 7;
-        const int row_bytes = a_.p.page_size * CODE_BYTES, table = group * kGroup + (lane >> 3);
-#pragma unroll
-        for (int w = 0; w < L::kWords; w++) {
-            const int place = (position(unit, w) + piece * kPieceTokens) & (a_.p.page_size - 1);
-            const int64_t page_head = static_cast<int64_t>(page[w]) * a_.p.kv_heads + head_;
-            const char* from = static_cast<const char*>(a_.p.code_cache) +
-                               (page_head * a_.p.tables + table) * row_bytes + place * CODE_BYTES;
-            const uint32_t to = stage + w * L::kWordBytes + (lane >> 3) * 128 + piece * 16;
-#pragma unroll
-            for (int r = 0; r < kGroup; r += 4) {
-                if (table + r < a_.p.tables) copy_16_bytes(to + r * 128, from + r * row_bytes);
+    __device__ __forceinline__ uint32_t checked(int page) const {
+        return static_cast<uint32_t>(page) < static_cast<uint32_t>(a_.p.pages) ? page : 0;
+    }
+
+    // Position up to which the next stage holds codes.
+    __device__ __forceinline__ int end() const { return position(unit_, 8); }
+
+    // Start to copy the next stage: 32 hash tables of a unit, then the next 32, then the next unit.
+    __device__ __forceinline__ void copy() {
+        if (unit_ < last_) {
+            const int lane = threadIdx.x & 31, rows = tables_ - group_ * kGroup;
+            if (rows >= kGroup) {
+                copy_rows(rows, [](int) { return true; });
+            } else {
+                copy_rows(rows, [&](int i) { return 4 * i + (lane >> 3) < rows; });
+            }
+            if (rows > kGroup) {
+                group_++;
+                from_ += kGroup / 4 * step_;
+            } else {
+                group_ = 0;
+                unit_ += stride_;
+                from_ = piece_of(unit_, next_page_);
+                next_page_ = load_page(unit_ + stride_, lane & 7);
             }
         }
         commit_copies();
-    }
-    // Norms of the tokens whose scores this lane sums up: as they lie in memory, to be waited for after the look-ups.
-    // The lane that copies the piece they are in has their page.
-    __device__ __forceinline__ void load_norms(int unit, const int (&page)[L::kWords], Norms (&norm)[L::kWords]) const {
-        const int lane = threadIdx.x & 31;
+        const uint32_t used = stage_[0];
 #pragma unroll
-        for (int w = 0; w < L::kWords; w++) {
-            const int at = position(unit, w) + lane * L::kTokensPerWord;
-            const int64_t own_page = __shfl_sync(~0u, page[w], lane >> 2);
-            const T* from = static_cast<const T*>(a_.p.norm_cache) +
-                            ((own_page * a_.p.kv_heads + head_) << a_.page_shift) + (at & (a_.p.page_size - 1));
-            norm[w] = __ldg(reinterpret_cast<const Norms*>(from));
-        }
+        for (int s = 0; s + 1 < kStages; s++) stage_[s] = stage_[s + 1];
+        stage_[kStages - 1] = used;
     }
 
   private:
+    // Where this lane's pieces of a unit begin: eight lanes copy a row of 128 bytes, four rows at a time.
+    __device__ __forceinline__ const char* piece_of(int unit, int page) const {
+        static_assert(16 / CODE_BYTES == L::kQuadTokens, "a piece of 16 bytes is a part of a unit");
+        return head_ + checked(page) * page_bytes_ +
+               (position(unit, threadIdx.x & 7) & (a_.p.page_size - 1)) * CODE_BYTES;
+    }
+    template <typename Wanted>
+    __device__ __forceinline__ void copy_rows(int rows, Wanted wanted) const {
+        const char* from = from_;
+#pragma unroll
+        for (int i = 0; i < kGroup / 4; i++) {
+            // Rows are turned by two pieces every eight rows.
+            const uint32_t to = stage_[0] + i * 512 + ((threadIdx.x + (i & ~1)) & 7) * 16;
+            if (wanted(i)) copy_16_bytes(to, from);
+            from += step_;
+        }
+    }
+
     const Arguments& a_;
-    const Item& item_;
-    int head_, begin_;
+    const int* table_row_;
+    const char *head_, *from_;
+    uint32_t stage_[kStages];  // this lane's rows in the stages, the next to be filled first
+    int64_t page_bytes_;
+    int step_, begin_, unit_, last_, stride_, tables_;
+    int group_ = 0, next_page_;
 };
 
-template <typename T, int CODE_BYTES, int HEADS>
-__global__ __launch_bounds__(kMaxWarps * 32) void score_kernel(const __grid_constant__ Arguments a,
-                                                               const __grid_constant__ ScorePlan plan) {
-    using L = Layout<CODE_BYTES, HEADS>;
-    using W = Walk<T, CODE_BYTES, HEADS>;
-    extern __shared__ __align__(128) char shared[];
-    __shared__ float weight[4];
-    const int warp = threadIdx.x >> 5, warps = blockDim.x >> 5, lane = threadIdx.x & 31;
-    const int kv_head = blockIdx.y / plan.head_blocks;
-    const bool by_kv_head = a.select_heads == a.p.kv_heads;
-    const int histograms = by_kv_head ? 1 : HEADS;
-    const SharedPlan room = SharedPlan::make<CODE_BYTES, HEADS>(a, warps, histograms);
-    char* low = shared;
-    char* high = low + room.low_bytes;
-    char* stages = high + room.high_bytes;
-    uint32_t* histogram = reinterpret_cast<uint32_t*>(stages + room.stage_bytes);  // two 16-bit counts a word
-
-    const Item item = a.item[blockIdx.z];
-    if (item.mode != kItemSparse) return;
-    const Candidates candidates(a, item.length);
-    const int begin = candidates.begin();
-    const int units = (item.length - begin + L::kUnit - 1) / L::kUnit;
-    const int share = (units + gridDim.x - 1) / gridDim.x;
-    const int first_unit = blockIdx.x * share, last_unit = min(units, first_unit + share);
-    if (first_unit >= last_unit) return;
-
-    const int64_t first_selection = static_cast<int64_t>(blockIdx.z) * a.select_heads;
-    const W walk(a, item, kv_head, begin);
-    const uint32_t stage = static_cast<uint32_t>(__cvta_generic_to_shared(stages)) + warp * L::kStageBytes;
-    const uint32_t low_address = static_cast<uint32_t>(__cvta_generic_to_shared(low));
-    const uint32_t high_address = static_cast<uint32_t>(__cvta_generic_to_shared(high));
-    const int groups = (a.p.tables + kGroup - 1) / kGroup;
-
-    for (int pass = 0; pass < plan.passes; pass++) {
-        const bool last_pass = pass == plan.passes - 1;
-        Heads heads;
-        if (CODE_BYTES == 1 && by_kv_head) {
-            heads = Heads{0, a.group};
-        } else {
-            heads.first = (pass + blockIdx.y % plan.head_blocks) * HEADS;
-            heads.count = min(HEADS, a.group - heads.first);
-        }
-        const float* logit = a.logit + (static_cast<int64_t>(blockIdx.z) * a.p.query_heads + kv_head * a.group) *
-                                           a.p.tables * a.p.planes_per_table;
-        // The first copies run while the table is built, but for the last warps', in whose stages it is prepared.
-        int unit = first_unit + warp, page[L::kWords], next_page[L::kWords];
-        const int building = max(0, room.stage_bytes + room.histogram_bytes - room.scratch_bytes);
-        const bool early = (warp + 1) * L::kStageBytes <= building;
-        if (unit < last_unit) {
-            walk.load_pages(unit, page);
-            walk.check(page);
-            if (early) walk.copy(unit, 0, page, stage);
-        }
-        build_tables<CODE_BYTES, HEADS>(a, logit, heads, room.regions, low, high,
-                                        reinterpret_cast<float4*>(stages + building), weight);
-        if (last_pass) {
-            for (int i = threadIdx.x; i < room.histogram_bytes / 4; i += blockDim.x) histogram[i] = 0;
-            __syncthreads();
-        }
-        const bool shared_score = by_kv_head && CODE_BYTES == 2;
-        const int outputs = by_kv_head ? 1 : heads.count;
-
-        // From a word's sums to keys: store them, count a sample of them.
-        const auto finish = [&](int first, const Sums<CODE_BYTES, HEADS>& sums,
-                                const typename W::Norms& norm) __attribute__((always_inline)) {
-            const int at = first + lane * L::kTokensPerWord;
-            const bool inside = at >= candidates.first && at + L::kTokensPerWord <= candidates.last;
-#pragma unroll
-            for (int h = 0; h < HEADS; h++) {
-                if (h >= outputs) break;
-                const int selecting = by_kv_head ? kv_head : kv_head * a.group + heads.first + h;
-                uint32_t key[L::kTokensPerWord];
-#pragma unroll
-                for (int t = 0; t < L::kTokensPerWord; t++) {
-                    float score = weight[h] * sums.head(t, h);
-                    if (shared_score) {
-                        score = 0.f;
-#pragma unroll
-                        for (int g = 0; g < HEADS; g++) {
-                            if (g < heads.count) score += weight[g] * sums.head(t, g);
-                        }
-                        if (plan.passes > 1) {
-                            float* partial = a.score_partial + at + t +
-                                             (static_cast<int64_t>(blockIdx.z) * a.p.kv_heads + kv_head) * a.key_stride;
-                            if (pass > 0) score += *partial;
-                            if (!last_pass) *partial = score;
-                        }
-                    }
-                    key[t] = score_key(score * to_float(reinterpret_cast<const T*>(&norm)[t]));
-                }
-                if (!last_pass) continue;
-                if (!inside) {
-#pragma unroll
-                    for (int t = 0; t < L::kTokensPerWord; t++) {
-                        const int p = at + t;
-                        if (p < candidates.first || p >= candidates.last) {
-                            key[t] = p >= candidates.visible && p < item.length ? kFixedKey : 0;
-                        }
-                    }
-                }
-                // The sample: every kTokensPerWord-th token.
-                if (at >= candidates.first && at < candidates.last) {
-                    const uint32_t bin = key[0] >> kFineBits;
-                    atomicAdd(&histogram[(h * kHistogramBins + bin) >> 1], bin & 1 ? 65536u : 1u);
-                }
-                uint16_t* to = a.score_key + (first_selection + selecting) * a.key_stride + at;
-                if constexpr (L::kTokensPerWord == 4) {
-                    *reinterpret_cast<uint2*>(to) = make_uint2(key[0] | key[1] << 16, key[2] | key[3] << 16);
-                } else {
-                    *reinterpret_cast<uint32_t*>(to) = key[0] | key[1] << 16;
-                }
+// Add the entries of one stage's codes to the sums of a lane's tokens.  `stage` and `entries` are the lane's own
+// places.
+template <int CODE_BYTES, int COLUMNS>
+__device__ __forceinline__ void look_up(int32_t (&sum)[Layout<CODE_BYTES, COLUMNS>::kProducts][4], uint32_t stage,
+                                        uint32_t entries, const uint32_t (&right)[2]) {
+    using L = Layout<CODE_BYTES, COLUMNS>;
+    const int g = (threadIdx.x & 31) >> 2;
+    constexpr uint32_t kCodes = (L::kRows - 1) | (L::kRows - 1) << 16;
+#pragma unroll 2
+    for (int s = 0; s < 8; s++) {
+        const uint32_t row = (g + s) & 7;
+        const uint4 piece = load_piece(stage + row * 128);
+        const uint32_t word[4] = {piece.x, piece.y, piece.z, piece.w};
+        const uint32_t column = entries + row * 4;
+        const auto entry = [&](int token) {
+            if constexpr (COLUMNS == 64) {  // byte 0: column; byte 1: code; bytes 2 and 3: the table's place
+                return load_word(__byte_perm(word[token / 4], column, 0x7604 | (token & 3) << 4));
+            } else if constexpr (CODE_BYTES == 1) {
+                return load_word(column + (word[token / 4] >> (token & 3) * 8 & 0xff) * L::kRowBytes);
+            } else {
+                return load_word(column + ((word[token / 2] & kCodes) >> (token & 1) * 16 & 0xffff) * L::kRowBytes);
             }
         };
+#pragma unroll
+        for (int m = 0; m < L::kProducts; m++) {
+            constexpr int kHalf = L::kOwnTokens;
+            multiply_bytes(sum[m], {entry(2 * m), entry(2 * m + 1), entry(kHalf + 2 * m), entry(kHalf + 2 * m + 1)},
+                           right);
+        }
+    }
+}
 
-        // Warps hide each other's latency: a warp waits for its copy, but has the next unit copied while it finishes
-        // one.
-        if (!early && unit < last_unit) walk.copy(unit, 0, page, stage);
-        for (; unit < last_unit; unit += warps) {
-            Sums<CODE_BYTES, HEADS> sums[L::kWords];
-            typename W::Norms norm[L::kWords];
-            const bool more = unit + warps < last_unit;
-            if (more) walk.load_pages(unit + warps, next_page);
-            walk.load_norms(unit, page, norm);
-            for (int group = 0; group < groups; group++) {
-                wait_for_copies();
-                __syncwarp();
-                look_up(sums, stage, low_address, high_address, group, a.p.planes_per_table);
-                __syncwarp();
-                if (group + 1 < groups) walk.copy(unit, group + 1, page, stage);
+// The norms of a lane's tokens.
+template <int TOKENS>
+struct Norms {
+    uint32_t pair[TOKENS / 2];
+
+    __device__ __forceinline__ void load(const uint16_t* from) {
+        if constexpr (TOKENS == 8) {
+            const uint4 x = __ldg(reinterpret_cast<const uint4*>(from));
+            pair[0] = x.x, pair[1] = x.y, pair[2] = x.z, pair[3] = x.w;
+        } else {
+            const uint2 x = __ldg(reinterpret_cast<const uint2*>(from));
+            pair[0] = x.x, pair[1] = x.y;
+        }
+    }
+    __device__ __forceinline__ float2 get(int i, bool half) const {
+        if (half) return __half22float2(*reinterpret_cast<const __half2*>(&pair[i]));
+        return make_float2(__uint_as_float(pair[i] << 16), __uint_as_float(pair[i] & 0xffff0000u));
+    }
+};
+
+template <int TOKENS>
+__device__ __forceinline__ void store_keys(uint16_t* to, const uint32_t (&key)[TOKENS / 2]) {
+    if constexpr (TOKENS == 8) {
+        *reinterpret_cast<uint4*>(to) = make_uint4(key[0], key[1], key[2], key[3]);
+    } else {
+        *reinterpret_cast<uint2*>(to) = make_uint2(key[0], key[1]);
+    }
+}
+
+template <int CODE_BYTES, int COLUMNS, int PACKING>
+__global__ __launch_bounds__(kMaxWarps * 32, 1) void score_kernel(const __grid_constant__ Arguments a,
+                                                                  const __grid_constant__ ScorePlan plan) {
+    using L = Layout<CODE_BYTES, COLUMNS>;
+    extern __shared__ __align__(128) char shared[];
+    const int warp = threadIdx.x >> 5, warps = blockDim.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    const int kv_head = blockIdx.x / plan.head_blocks, head_block = blockIdx.x % plan.head_blocks;
+
+    // What is done before the wait looks at nothing that the append kernel writes: its items are found anew, and codes
+    // are copied that this step's tokens are not among.
+    const Share share = find_share(a, gridDim.y, blockIdx.y);
+    if (share.item < 0) return;
+    const Item item = read_item(a, share.item);
+    const Candidates candidates(a, item.length);
+    if (candidates.count() <= attended_budget(a, item.length)) return;  // all of them are attended
+    const int begin = candidates.begin();
+    const int units = (candidates.last - begin + L::kUnit - 1) / L::kUnit,
+              each = (units + share.parts - 1) / share.parts;
+    const int first_unit = share.part * each, last_unit = min(units, first_unit + each);
+    if (first_unit >= last_unit) return;
+
+    // Where things lie.
+    const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    if (base < kSystemShared || base > kSystemShared + kStaticShared) __trap();
+    const Places<CODE_BYTES, COLUMNS> places{base, warps * kStages};
+    const uint32_t table = places.table();
+    uint32_t stage[kStages];
+#pragma unroll
+    for (int s = 0; s < kStages; s++) stage[s] = places.stage(warp * kStages + s);
+    const uint32_t right[2] = {g < 4 ? 1u << g * 8 : 0u, g >= 4 ? 1u << (g - 4) * 8 : 0u};
+
+    const bool by_kv_head = a.select_heads == a.p.kv_heads;
+    Heads heads{0, a.group};
+    if (PACKING != kOneSum) heads = Heads{head_block * PACKING, min(PACKING, a.group - head_block * PACKING)};
+    const int64_t lane_index =
+        (static_cast<int64_t>(share.item) * a.p.kv_heads + kv_head) * plan.head_blocks + head_block;
+    const float* probability =
+        a.probability +
+        (static_cast<int64_t>(share.item) * a.p.query_heads + kv_head * a.group) * a.p.planes_per_table * a.p.tables;
+    // Of the row g of quads, lane t has the tokens of the first half (t < 2) or the second, and two of four columns.
+    const int own_token = g * L::kQuadTokens + (t >> 1) * L::kOwnTokens;
+    uint32_t* partial =
+        static_cast<uint32_t*>(a.score_partial) + (lane_index * a.key_stride + begin) * 2 + lane * (2 * L::kProducts);
+
+    for (int pass = 0; pass < plan.passes; pass++) {
+        const int first_table = pass * COLUMNS, tables = min(COLUMNS, a.p.tables - first_table);
+        const bool last_pass = pass == plan.passes - 1;
+        Walk<CODE_BYTES, COLUMNS> walk(a, item.row, kv_head, begin, first_unit + warp, last_unit, warps, first_table,
+                                       tables, stage);
+        int copied = 0;
+        while (copied < kStages && (pass > 0 || walk.end() <= item.length - a.p.tokens)) walk.copy(), copied++;
+        if (pass == 0) {
+            wait_for_previous_kernel();
+        } else {
+            __syncthreads();  // all warps are done with the last table
+        }
+        for (; copied < kStages; copied++) walk.copy();
+        build_table<CODE_BYTES, COLUMNS, PACKING>(
+            a, probability, heads, first_table,
+            *reinterpret_cast<Sides<CODE_BYTES, COLUMNS>*>(shared + (places.sides() - base)), shared + (table - base));
+
+        uint32_t own_stage[kStages];  // this lane's rows, 8 t to 8 t + 7, and in them piece g
+#pragma unroll
+        for (int s = 0; s < kStages; s++) own_stage[s] = stage[s] + t * 1024 + ((g + 2 * t) & 7) * 16;
+        int norm_page = walk.load_page(first_unit + warp, g);
+        for (int unit = first_unit + warp; unit < last_unit; unit += warps) {
+            const int at = begin + unit * L::kUnit + own_token;
+            Norms<L::kOwnTokens> norms;
+            const int64_t page_head = static_cast<int64_t>(walk.checked(norm_page)) * a.p.kv_heads + kv_head;
+            norms.load(static_cast<const uint16_t*>(a.p.norm_cache) + (page_head << a.page_shift) +
+                       (at & (a.p.page_size - 1)));
+            norm_page = walk.load_page(unit + warps, g);
+            int32_t sum[L::kProducts][4] = {};
+            uint32_t* unit_partial = partial + unit * (2 * L::kUnit);
+            if (pass > 0) {
+#pragma unroll
+                for (int m = 0; m < L::kProducts; m++) {
+                    const uint2 x = *reinterpret_cast<const uint2*>(unit_partial + 2 * m);
+                    sum[m][0] = x.x & 0xffff, sum[m][1] = x.x >> 16, sum[m][2] = x.y & 0xffff, sum[m][3] = x.y >> 16;
+                }
             }
-            if (more) {
-                walk.check(next_page);
-                walk.copy(unit + warps, 0, next_page, stage);
+            for (int first = 0; first < tables; first += kGroup) {
+                wait_for_oldest_copies();
+                __syncwarp();
+                look_up<CODE_BYTES, COLUMNS>(sum, own_stage[0], table + first * 4 + t * 32, right);
+                __syncwarp();
+                walk.copy();
+                const uint32_t used = own_stage[0];
+#pragma unroll
+                for (int s = 0; s + 1 < kStages; s++) own_stage[s] = own_stage[s + 1];
+                own_stage[kStages - 1] = used;
+            }
+            if (!last_pass) {
+#pragma unroll
+                for (int m = 0; m < L::kProducts; m++) {
+                    *reinterpret_cast<uint2*>(unit_partial + 2 * m) =
+                        make_uint2(sum[m][0] | sum[m][1] << 16, sum[m][2] | sum[m][3] << 16);
+                }
+                continue;
+            }
+            // Scores only order the tokens of their own head: any scale will do that keeps them inside float16.
+            constexpr float kScale = PACKING == kFourHeads ? 0x1p-15f : PACKING == kTwoHeads ? 0x1p-23f : 0x1p-30f;
+            const bool half = a.p.dtype == SOCKET_TRT_FLOAT16;
+            const __half2 largest = __float2half2_rn(65504.f);
+            uint32_t key[2][L::kOwnTokens / 2];
+#pragma unroll
+            for (int m = 0; m < L::kProducts; m++) {
+                float2 norm = norms.get(m, half);
+                norm.x *= kScale, norm.y *= kScale;
+                const auto pack = [&](float first, float second) {
+                    // Selection compares keys as numbers: none is negative, infinite or NaN, whatever the norm.
+                    const __half2 product = __floats2half2_rn(first * norm.x, second * norm.y);
+                    const __half2 x = __hmax2(__hmin2(product, largest), __float2half2_rn(0.f));
+                    return *reinterpret_cast<const uint32_t*>(&x);
+                };
+                if constexpr (PACKING == kFourHeads) {
+                    key[0][m] = pack(static_cast<float>(sum[m][0]), static_cast<float>(sum[m][2]));
+                    key[1][m] = pack(static_cast<float>(sum[m][1]), static_cast<float>(sum[m][3]));
+                } else if constexpr (PACKING == kTwoHeads) {
+                    key[0][m] = pack(static_cast<float>(sum[m][0] + (sum[m][1] << 8)),
+                                     static_cast<float>(sum[m][2] + (sum[m][3] << 8)));
+                } else {
+                    const int32_t first = sum[m][0] + (sum[m][1] << 8), second = sum[m][2] + (sum[m][3] << 8);
+                    const int32_t first_high = __shfl_xor_sync(~0u, first, 1);
+                    const int32_t second_high = __shfl_xor_sync(~0u, second, 1);
+                    key[0][m] = pack(static_cast<float>(first) + 65536.f * static_cast<float>(first_high),
+                                     static_cast<float>(second) + 65536.f * static_cast<float>(second_high));
+                }
             }
 #pragma unroll
-            for (int w = 0; w < L::kWords; w++) {
-                finish(walk.position(unit, w), sums[w], norm[w]);
-                page[w] = next_page[w];
-            }
-        }
-        __syncthreads();
-        if (last_pass) {
-            const int selecting = by_kv_head ? kv_head : kv_head * a.group + heads.first;
-            for (int i = threadIdx.x; i < outputs * kHistogramBins / 2; i += blockDim.x) {
-                const uint32_t both = histogram[i];
-                uint32_t* to = a.histogram + (first_selection + selecting) * kHistogramBins + 2 * i;
-                if (both & 0xffff) atomicAdd(to, both & 0xffff);
-                if (both >> 16) atomicAdd(to + 1, both >> 16);
+            for (int i = 0; i < (PACKING == kFourHeads ? 2 : 1); i++) {
+                const int h = PACKING == kFourHeads ? 2 * (t & 1) + i : t & 1;
+                if (h >= (PACKING == kOneSum ? 1 : heads.count)) continue;
+                const int selecting = by_kv_head ? kv_head : kv_head * a.group + heads.first + h;
+                const int64_t row = static_cast<int64_t>(share.item) * a.select_heads + selecting;
+                store_keys<L::kOwnTokens>(a.score_key + row * a.key_stride + at, key[i]);
+                // The sample: of each kSampleTokens the first of one lane, another in every unit.
+                constexpr int kQuads = kSampleTokens / L::kQuadTokens;
+                if ((g & (kQuads - 1)) == (unit * 3 & (kQuads - 1)) && t >> 1 == (unit >> 2 & 1)) {
+                    a.sample_key[row * (a.key_stride / kSampleTokens) + at / kSampleTokens] =
+                        static_cast<uint16_t>(key[i][0]);
+                }
             }
         }
     }
 }
 
-template <int CODE_BYTES, int HEADS>
+using ScoreKernel = void (*)(Arguments, ScorePlan);
+
+template <int CODE_BYTES, int COLUMNS>
 bool try_plan(const Arguments& a, const Device& device, ScorePlan& plan) {
-    const bool by_kv_head = a.select_heads == a.p.kv_heads;
-    for (int warps = kMaxWarps; warps > 0; warps--) {
-        const SharedPlan room = SharedPlan::make<CODE_BYTES, HEADS>(a, warps, by_kv_head ? 1 : HEADS);
-        if (CODE_BYTES == 2 && room.regions << (a.p.planes_per_table - 8) > 256) return false;
-        if (room.total + 1024 > device.shared_memory) continue;  // 1 KB: static shared memory
-        plan.heads = HEADS;
+    for (int warps = kMaxWarps; warps >= 4; warps -= 2) {
+        plan.shared_memory = Places<CODE_BYTES, COLUMNS>{kSystemShared, warps * kStages}.end() - kSystemShared;
+        if (plan.shared_memory + kStaticShared > device.shared_memory) continue;
         plan.warps = warps;
-        plan.shared_memory = room.total;
+        plan.columns = COLUMNS;
+        plan.passes = (a.p.tables + COLUMNS - 1) / COLUMNS;
         return true;
     }
     return false;
 }
 
-template <typename T, int CODE_BYTES, int HEADS>
-cudaError_t launch_typed(const Arguments& a, const ScorePlan& plan, cudaStream_t stream) {
-    const auto kernel = score_kernel<T, CODE_BYTES, HEADS>;
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_memory);
-    if (status != cudaSuccess) return status;
-    const Launch launch(dim3(plan.chunks, a.p.kv_heads * plan.head_blocks, a.items), dim3(plan.warps * 32),
-                        plan.shared_memory, stream);
-    return launch(kernel, a, plan);
-}
-
-template <int CODE_BYTES, int HEADS>
-cudaError_t launch_any(const Arguments& a, const ScorePlan& plan, cudaStream_t stream) {
-    return a.p.dtype == SOCKET_TRT_FLOAT16 ? launch_typed<__half, CODE_BYTES, HEADS>(a, plan, stream)
-                                           : launch_typed<__nv_bfloat16, CODE_BYTES, HEADS>(a, plan, stream);
+template <int CODE_BYTES, int COLUMNS>
+ScoreKernel kernel_for(int packing) {
+    return packing == kFourHeads  ? score_kernel<CODE_BYTES, COLUMNS, kFourHeads>
+           : packing == kTwoHeads ? score_kernel<CODE_BYTES, COLUMNS, kTwoHeads>
+                                  : score_kernel<CODE_BYTES, COLUMNS, kOneSum>;
 }
 
 }  // namespace
@@ -453,53 +443,40 @@ cudaError_t launch_any(const Arguments& a, const ScorePlan& plan, cudaStream_t s
 ScorePlan plan_score(const Arguments& a, const Device& device) {
     ScorePlan plan{};
     const bool by_kv_head = a.select_heads == a.p.kv_heads;
-    if (a.code_bytes == 1) {
-        // A KV head's sum is one number; query heads of their own come four, two or one to an entry.
-        if (by_kv_head || a.group == 1) {
-            try_plan<1, 1>(a, device, plan);
-        } else if (a.group == 2) {
-            try_plan<1, 2>(a, device, plan);
-        } else {
-            try_plan<1, 4>(a, device, plan);
-        }
-    } else {
-        const bool found = (a.group > 2 && try_plan<2, 4>(a, device, plan)) ||
-                           (a.group > 1 && try_plan<2, 2>(a, device, plan)) || try_plan<2, 1>(a, device, plan);
-        (void)found;
-    }
-    if (plan.heads == 0) return plan;
-    const int blocks_of_heads = (a.group + plan.heads - 1) / plan.heads;
-    plan.passes = by_kv_head && a.code_bytes == 2 ? blocks_of_heads : 1;
-    plan.head_blocks = by_kv_head ? 1 : blocks_of_heads;
-    // One block fills a multiprocessor: as many chunks as leave the fewest multiprocessors idle in the last wave, and
-    // enough that a 16-bit count of the histogram cannot overflow.
-    const int lanes = a.items * a.p.kv_heads * plan.head_blocks;
+    plan.packing = by_kv_head || a.group == 1 ? kOneSum : a.group == 2 ? kTwoHeads : kFourHeads;
+    plan.head_blocks = plan.packing == kFourHeads ? (a.group + 3) / 4 : 1;
+    const bool fits = a.p.planes_per_table <= 8 ? try_plan<1, 64>(a, device, plan) || try_plan<1, 32>(a, device, plan)
+                      : a.p.planes_per_table <= 10 ? try_plan<2, 32>(a, device, plan)
+                                                   : false;
+    if (!fits) return plan_score_wide(a);
+    // One block fills a multiprocessor: as many parts of an item as leave the fewest multiprocessors idle.
+    const int64_t lanes = static_cast<int64_t>(a.items) * a.p.kv_heads * plan.head_blocks;
     const int units = (a.max_length + kScoreUnit - 1) / kScoreUnit;
-    const int least = (a.max_length + 65535 - kScoreUnit) / (65536 - kScoreUnit);
-    int best = least > 1 ? least : 1;
-    double best_waste = 1e30;
-    for (int chunks = best; chunks <= best + device.multiprocessors && chunks <= units; chunks++) {
-        const int waves = (lanes * chunks + device.multiprocessors - 1) / device.multiprocessors;
-        // Time in units of one lane's whole work, with a block's start-up as 1/64 of ... 2,048 tokens.
-        const double time = waves * (static_cast<double>(a.max_length) / chunks + 2048.0);
-        if (time < best_waste * 0.999) {
-            best_waste = time;
-            plan.chunks = chunks;
+    double best = 1e30;
+    int best_parts = 1;
+    for (int parts = 1; parts <= device.multiprocessors && parts <= units; parts++) {
+        const int64_t waves = (lanes * parts + device.multiprocessors - 1) / device.multiprocessors;
+        // In tokens' time: the tokens of a part, and what starting a block costs.
+        const double time = waves * (static_cast<double>(a.max_length) / parts + 3072.0 * plan.passes);
+        if (time < best * 0.999) {
+            best = time;
+            best_parts = parts;
         }
     }
-    if (plan.chunks == 0) plan.chunks = best;
+    plan.slots = a.items * best_parts;
+    plan.partial_bytes = plan.passes > 1 ? lanes * a.key_stride * 8 : 0;
     return plan;
 }
 
 cudaError_t launch_score(const Arguments& a, const ScorePlan& plan, cudaStream_t stream) {
-    if (a.code_bytes == 1) {
-        if (plan.heads == 4) return launch_any<1, 4>(a, plan, stream);
-        if (plan.heads == 2) return launch_any<1, 2>(a, plan, stream);
-        return launch_any<1, 1>(a, plan, stream);
-    }
-    if (plan.heads == 4) return launch_any<2, 4>(a, plan, stream);
-    if (plan.heads == 2) return launch_any<2, 2>(a, plan, stream);
-    return launch_any<2, 1>(a, plan, stream);
+    if (plan.columns == 0) return launch_score_wide(a, plan, stream);
+    const ScoreKernel kernel = a.code_bytes == 2    ? kernel_for<2, 32>(plan.packing)
+                               : plan.columns == 64 ? kernel_for<1, 64>(plan.packing)
+                                                    : kernel_for<1, 32>(plan.packing);
+    const cudaError_t status = set_up(kernel, plan.shared_memory);
+    if (status != cudaSuccess) return status;
+    Launch launch(dim3(a.p.kv_heads * plan.head_blocks, plan.slots), dim3(plan.warps * 32), plan.shared_memory, stream);
+    return launch.overlapped(a.overlapped)(kernel, a, plan);
 }
 
 }  // namespace socket_trt

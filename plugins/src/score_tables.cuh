@@ -1,4 +1,4 @@
-// Building the look-up tables of the scoring kernel (score.cu) in shared memory.
+// The scoring kernel's look-up table in shared memory: what it holds and how it is built (score.cu reads it).
 #ifndef SOCKET_TRT_SCORE_TABLES_CUH_
 #define SOCKET_TRT_SCORE_TABLES_CUH_
 
@@ -6,23 +6,23 @@
 
 namespace socket_trt {
 
-constexpr int kGroup = 32;           // tables that a stage holds, one a bank
-constexpr int kRowBytes = 256;       // of the look-up table: one entry of each column
-constexpr int kRegionBytes = 65536;  // 256 rows
-constexpr int kHalfEntries = 16;     // of a half-table of up to 4 planes
+constexpr int kGroup = 32;  // hash tables that a stage holds: one a bank of shared memory
 
-template <int CODE_BYTES, int HEADS>
+// An entry of the look-up table has four bytes: of one code in one hash table, the probabilities of four query heads,
+// or two of 16 bits, or one of 23 bits (a KV head's sum, where it selects as one).
+enum Packing : int { kFourHeads = 4, kTwoHeads = 2, kOneSum = 1 };
+
+// COLUMNS hash tables are looked up in one pass over the codes: their entries for one code are a row.
+template <int CODE_BYTES, int COLUMNS>
 struct Layout {
-    static constexpr int kTokensPerWord = 4 / CODE_BYTES;
-    static constexpr int kWords = CODE_BYTES == 1 ? 2 : 1;  // words of each table row that a lane looks after
-    static constexpr int kWordTokens = 32 * kTokensPerWord;
-    static constexpr int kUnit = kWords * kWordTokens;  // tokens that a warp scores at once
-    static constexpr int kWordBytes = kGroup * 128;
-    static constexpr int kStageBytes = kWords * kWordBytes;
-    static constexpr int kEntryBytes = CODE_BYTES == 1 ? 4 : 2 * HEADS;
-    static constexpr int kColumns = kRowBytes / kEntryBytes;
-    static constexpr int kGroupsPerRegion = kColumns / kGroup;
-    static_assert(kScoreUnit % kUnit == 0, "rows of keys are padded to kScoreUnit");
+    static constexpr int kCodeBits = CODE_BYTES == 1 ? 8 : 10;
+    static constexpr int kRows = 1 << kCodeBits;
+    static constexpr int kRowBytes = COLUMNS * 4;
+    static constexpr int kTableBytes = kRows * kRowBytes;
+    static constexpr int kUnit = 128 / CODE_BYTES;      // tokens that a warp scores at once
+    static constexpr int kQuadTokens = kUnit / 8;       // of them, those that four lanes look up together
+    static constexpr int kOwnTokens = kQuadTokens / 2;  // and those whose sums end up in a lane
+    static constexpr int kProducts = kQuadTokens / 4;   // matrix products a step: each takes four of a lane's tokens
 };
 
 // Which query heads of its KV head a block scores.
@@ -30,133 +30,132 @@ struct Heads {
     int first, count;
 };
 
-// The 16 products of up to 4 planes: entry c takes p[r] where c has bit r set (the first plane the most significant of
-// `planes` bits), 1 - p[r] where not.  Returns the largest.
-template <int R = 0>
-__device__ __forceinline__ float expand(const float* logit, int planes, float (&product)[kHalfEntries]) {
-    if constexpr (R == 0) product[0] = 1.f;
-    if constexpr (R < 4) {
-        if (R < planes) {
-            const float p = 1.f / (1.f + __expf(-logit[R])), q = 1.f - p;
+// Probabilities of the positive sides of the planes, in shared memory: a hash table for each column, four query heads.
+// Planes that are missing at the front count as never positive, so that codes that no key has get entries of zero.
+template <int CODE_BYTES, int COLUMNS>
+struct Sides {
+    static constexpr int kBits = Layout<CODE_BYTES, COLUMNS>::kCodeBits;
+    float p[4][kBits][COLUMNS];
+
+    // probability: [heads, planes, tables] of the KV head's first query head.
+    __device__ __forceinline__ void load(const Arguments& a, const float* probability, int first, int count,
+                                         int first_table) {
+        const int rank = a.p.planes_per_table, missing = kBits - rank;
+        for (int i = threadIdx.x >> 5; i < 4 * kBits; i += blockDim.x >> 5) {
+            const int h = i / kBits, r = i % kBits;
+            const float* from = probability + static_cast<int64_t>((first + h) * rank + r - missing) * a.p.tables;
 #pragma unroll
-            for (int i = 0; i < 1 << R; i++) {
-                const int c = (1 << R) - 1 - i;
-                product[2 * c + 1] = product[c] * p;
-                product[2 * c] = product[c] * q;
+            for (int column = threadIdx.x & 31; column < COLUMNS; column += 32) {
+                const bool exists = r >= missing && h < count && first_table + column < a.p.tables;
+                p[h][r][column] = exists ? __ldg(from + first_table + column) : 0.f;
             }
-            return fmaxf(p, q) * expand<R + 1>(logit, planes, product);
         }
     }
-    return 1.f;
-}
-
-// Products of all combinations of `planes` <= 8 planes behind `offset`, of up to four heads at a time:
-// use(row, column, x[4]) for every row (combination) and column (table), scaled so that a head's largest product is
-// `entry_max` (or, with `common`, so that 1 is).  `half` has 2 * 16 * columns entries.
-template <typename Use>
-__device__ void build_products(const Arguments& a, const float* logit, Heads heads, int columns, int offset, int planes,
-                               float entry_max, bool common, float4* half, uint32_t* largest, Use use) {
-    const int rank = a.p.planes_per_table, tables = a.p.tables;
-    const int after = min(planes, 4), before = planes - after;
-    __syncthreads();
-    if (threadIdx.x < 4) largest[threadIdx.x] = 0;
-    __syncthreads();
-    for (int i = threadIdx.x; i < columns * 4; i += blockDim.x) {
-        const int table = i >> 2, h = i & 3;
-        float front[kHalfEntries] = {}, back[kHalfEntries] = {};
-        if (h < heads.count && table < tables) {
-            const float* from = logit + (static_cast<int64_t>(heads.first + h) * tables + table) * rank + offset;
-            const float most = expand(from, before, front) * expand(from + before, after, back);
-            atomicMax(&largest[h], __float_as_uint(most));
-        }
-        float* to = reinterpret_cast<float*>(half) + i;
+    __device__ __forceinline__ float side(int h, int r, int column, bool positive) const {
+        return positive ? p[h][r][column] : 1.f - p[h][r][column];
+    }
+    // The likeliest code's probability.
+    __device__ __forceinline__ float most(int h, int column) const {
+        float product = 1.f;
 #pragma unroll
-        for (int c = 0; c < kHalfEntries; c++) {
-            if (c < 1 << before) to[c * columns * 4] = front[c];
-            if (c < 1 << after) to[(kHalfEntries + c) * columns * 4] = back[c];
-        }
+        for (int r = 0; r < kBits; r++) product *= fabsf(p[h][r][column] - 0.5f) + 0.5f;
+        return product;
     }
-    __syncthreads();
-    float scale[4];
-#pragma unroll
-    for (int h = 0; h < 4; h++) {
-        scale[h] = common ? entry_max : h < heads.count ? entry_max / __uint_as_float(largest[h]) : 0.f;
-    }
-    for (int i = threadIdx.x; i < columns << before; i += blockDim.x) {
-        const int column = i & (columns - 1), row = i / columns << after;
-        const float4 front = half[i];
-        const float f[4] = {front.x * scale[0], front.y * scale[1], front.z * scale[2], front.w * scale[3]};
-#pragma unroll 4
-        for (int c = 0; c < 1 << after; c++) {
-            const float4 back = half[(kHalfEntries + c) * columns + column];
-            const float x[4] = {f[0] * back.x, f[1] * back.y, f[2] * back.z, f[3] * back.w};
-            use(row + c, column, x);
-        }
-    }
-}
+};
 
-// Round a number below 2^23 to an integer: the low bits after adding 2^23, faster than a conversion.
-__device__ __forceinline__ uint32_t round_up_to_23_bits(float x) {
-    return __float_as_uint(x + 8388608.f);
-}
-
-// Build the block's table; `weight[h]` becomes what one unit of head h's sums stands for.
-template <int CODE_BYTES, int HEADS>
-__device__ void build_tables(const Arguments& a, const float* logit, Heads heads, int regions, char* low, char* high,
-                             float4* scratch, float* weight) {
-    using L = Layout<CODE_BYTES, HEADS>;
-    __shared__ uint32_t largest[2][4];
-    const int rank = a.p.planes_per_table, columns = regions * L::kColumns;
-    const auto entry_of = [](char* base, int region_rows, int row, int column) {
-        return base + column / L::kColumns * region_rows * kRowBytes + row * kRowBytes +
-               column % L::kColumns * L::kEntryBytes;
-    };
-    if constexpr (CODE_BYTES == 2) {
-        const auto store = [](char* entry, const float (&x)[4]) {
-#pragma unroll
-            for (int h = 0; h < HEADS; h++) reinterpret_cast<__half*>(entry)[h] = __float2half_rn(x[h]);
-        };
-        const int high_rows = 1 << (rank - 8);
-        build_products(a, logit, heads, columns, rank - 8, 8, 1.f, false, scratch, largest[0],
-                       [&](int row, int column, const float (&x)[4]) { store(entry_of(low, 256, row, column), x); });
-        build_products(
-            a, logit, heads, columns, 0, rank - 8, 1.f, false, scratch, largest[1],
-            [&](int row, int column, const float (&x)[4]) { store(entry_of(high, high_rows, row, column), x); });
-        if (threadIdx.x < HEADS) {
-            weight[threadIdx.x] = __uint_as_float(largest[0][threadIdx.x]) * __uint_as_float(largest[1][threadIdx.x]);
-        }
+// The entry for the products x[h] * y[h] of up to four heads.  Adding 2^23 leaves a number below that, rounded, in the
+// low bits of the sum.
+template <int PACKING>
+__device__ __forceinline__ void store_entry(uint32_t* entry, const float (&x)[4], const float (&y)[4], bool add) {
+    constexpr float kRound = 8388608.f;
+    const auto rounded = [&](int h) { return __float_as_uint(fmaf(x[h], y[h], kRound)); };
+    if constexpr (PACKING == kFourHeads) {
+        const uint32_t front = __byte_perm(rounded(0), rounded(1), 0x0040);
+        const uint32_t back = __byte_perm(rounded(2), rounded(3), 0x0040);
+        *entry = __byte_perm(front, back, 0x5410);
+    } else if constexpr (PACKING == kTwoHeads) {
+        *entry = __byte_perm(rounded(0), rounded(1), 0x5410);
     } else {
-        if (rank < 8) {  // rows that no code names: stale bytes may, and must find zeros
-            for (int i = threadIdx.x; i < regions * kRegionBytes / 16; i += blockDim.x) {
-                reinterpret_cast<uint4*>(low)[i] = make_uint4(0, 0, 0, 0);
+        const float all = fmaf(x[3], y[3], fmaf(x[2], y[2], fmaf(x[1], y[1], x[0] * y[0])));
+        const uint32_t sum = __float_as_uint(all + kRound) & 0x7fffff;
+        *entry = add ? *entry + sum : sum;
+    }
+}
+
+// Fill the table for COLUMNS hash tables from `first_table` on.  Every head's likeliest code gets the largest entry
+// that fits; a sum's heads share one scale.  All threads must call it; ends with a barrier.
+template <int CODE_BYTES, int COLUMNS, int PACKING>
+__device__ void build_table(const Arguments& a, const float* probability, Heads heads, int first_table,
+                            Sides<CODE_BYTES, COLUMNS>& sides, char* table) {
+    using L = Layout<CODE_BYTES, COLUMNS>;
+    constexpr int kTop = L::kCodeBits - 5;  // the last five planes are unrolled: three, then two
+    // The last a little less than 2^23, since the products' order differs and may round them up.
+    constexpr float kLargest = PACKING == kFourHeads ? 255.f : PACKING == kTwoHeads ? 65535.f : 8388600.f;
+    __shared__ uint32_t largest[16];
+    const int column = threadIdx.x % COLUMNS, slice = threadIdx.x / COLUMNS, slices = blockDim.x / COLUMNS;
+
+    if (threadIdx.x < 16) largest[threadIdx.x] = 0;
+    for (int first = 0; first < heads.count; first += 4) {
+        if (first > 0) __syncthreads();
+        sides.load(a, probability, heads.first + first, heads.count - first, first_table);
+        __syncthreads();
+        if (slice > 0) continue;
+#pragma unroll
+        for (int h = 0; h < 4; h++) {
+            float most = first + h < heads.count && first_table + column < a.p.tables ? sides.most(h, column) : 0.f;
+            most = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(most)));  // positive: ordered as integers
+            if ((threadIdx.x & 31) == 0) atomicMax(&largest[(first + h) & 15], __float_as_uint(most));
+        }
+    }
+    for (int first = 0; first < heads.count; first += 4) {
+        if (heads.count > 4) {
+            __syncthreads();
+            sides.load(a, probability, heads.first + first, heads.count - first, first_table);
+            __syncthreads();
+        }
+        float middle[8][4], last[4][4];
+#pragma unroll
+        for (int h = 0; h < 4; h++) {
+#pragma unroll
+            for (int c = 0; c < 8; c++) {
+                middle[c][h] = sides.side(h, kTop, column, c & 4) * sides.side(h, kTop + 1, column, c & 2) *
+                               sides.side(h, kTop + 2, column, c & 1);
+            }
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                last[c][h] = sides.side(h, kTop + 3, column, c & 2) * sides.side(h, kTop + 4, column, c & 1);
             }
         }
-        // The sum of a KV head's query heads takes one scale for all, and as many rounds of four heads as there are.
-        constexpr bool kSummed = HEADS == 1;
-        const float entry_max = HEADS == 4   ? 127.f
-                                : HEADS == 2 ? static_cast<float>(65535 / a.p.tables)
-                                             : 8388607.f / heads.count;
-        for (int first = 0; first < heads.count; first += 4) {
-            const Heads round{heads.first + first, min(4, heads.count - first)};
-            build_products(a, logit, round, columns, 0, rank, entry_max, kSummed, scratch, largest[0],
-                           [&](int row, int column, const float (&x)[4]) {
-                               uint32_t* entry = reinterpret_cast<uint32_t*>(entry_of(low, 256, row, column));
-                               if constexpr (HEADS == 4) {
-                                   const uint32_t front =
-                                       __byte_perm(round_up_to_23_bits(x[0]), round_up_to_23_bits(x[1]), 0x0040);
-                                   const uint32_t back =
-                                       __byte_perm(round_up_to_23_bits(x[2]), round_up_to_23_bits(x[3]), 0x0040);
-                                   *entry = __byte_perm(front, back, 0x5410);
-                               } else if constexpr (HEADS == 2) {
-                                   *entry = __byte_perm(round_up_to_23_bits(x[0]), round_up_to_23_bits(x[1]), 0x5410);
-                               } else {
-                                   const uint32_t sum = round_up_to_23_bits(x[0] + x[1] + x[2] + x[3]) & 0x7fffff;
-                                   *entry = first == 0 ? sum : *entry + sum;
-                               }
-                           });
+        if (first == 0) __syncthreads();  // the largest are known
+        float scale[4], together = 0.f;
+        if (PACKING == kOneSum) {
+            for (int h = 0; h < heads.count; h++) together += __uint_as_float(largest[h]);
         }
-        if (threadIdx.x < HEADS) {
-            weight[threadIdx.x] = (kSummed ? 1.f : __uint_as_float(largest[0][threadIdx.x])) / entry_max;
+#pragma unroll
+        for (int h = 0; h < 4; h++) {
+            const bool exists = first + h < heads.count && first_table + column < a.p.tables;
+            scale[h] = exists ? kLargest / (PACKING == kOneSum ? together : __uint_as_float(largest[h])) : 0.f;
+        }
+        for (int top = slice; top < 1 << kTop; top += slices) {
+            float front[4];
+#pragma unroll
+            for (int h = 0; h < 4; h++) {
+                front[h] = scale[h];
+#pragma unroll
+                for (int r = 0; r < kTop; r++) front[h] *= sides.side(h, r, column, top >> (kTop - 1 - r) & 1);
+            }
+            char* row = table + top * 32 * L::kRowBytes + column * 4;
+#pragma unroll
+            for (int m = 0; m < 8; m++) {
+                float part[4];
+#pragma unroll
+                for (int h = 0; h < 4; h++) part[h] = front[h] * middle[m][h];
+#pragma unroll
+                for (int c = 0; c < 4; c++) {
+                    store_entry<PACKING>(reinterpret_cast<uint32_t*>(row + (m * 4 + c) * L::kRowBytes), part, last[c],
+                                         first > 0);
+                }
+            }
         }
     }
     __syncthreads();

@@ -150,7 +150,7 @@ int plan_splits(const Device& device, int64_t sets, int64_t tokens, int least) {
     const int64_t wanted = 2 * device.multiprocessors / sets;
     const int64_t most = (tokens + least - 1) / least;
     const int64_t splits = wanted < most ? wanted : most;
-    return static_cast<int>(splits < 1 ? 1 : splits > 64 ? 64 : splits);
+    return static_cast<int>(splits < 1 ? 1 : splits > kMaxSplits ? kMaxSplits : splits);
 }
 
 // Hands out the workspace piece by piece; with a null base it only counts.
@@ -171,7 +171,7 @@ class Arena {
 
 struct Plan {
     Arguments arguments;
-    ScorePlan score;
+    ScorePlan score{};
     uint64_t workspace_bytes;
 };
 
@@ -187,6 +187,8 @@ int32_t make_plan(const SocketTrtAttentionParams& p, const Device& device, Plan&
     a.items = a.items_are_tokens ? p.tokens : p.sequences;
     a.sparse = p.min_length < a.max_length;
     a.select_heads = p.selection == SOCKET_TRT_KV_HEAD ? p.kv_heads : p.query_heads;
+    a.combined = a.sparse && a.select_heads == p.query_heads;
+    a.overlapped = device.architecture >= 90;
     a.prefill_tiles = a.items_are_tokens ? 0 : p.tokens / kPrefillRows + p.sequences;
 
     const int64_t length = a.max_length;
@@ -198,16 +200,10 @@ int32_t make_plan(const SocketTrtAttentionParams& p, const Device& device, Plan&
     a.dense_splits = plan_splits(device, static_cast<int64_t>(a.items) * p.kv_heads, length, 256);
     a.sparse_splits = a.sparse ? plan_splits(device, static_cast<int64_t>(a.items) * a.select_heads, listed, 128) : 0;
 
-    const int64_t select_blocks = (length + kSelectTokens - 1) / kSelectTokens * a.items * a.select_heads;
-    const int64_t select_room = static_cast<int64_t>(kSelectBlocksPerMultiprocessor) * device.multiprocessors;
-    a.select_rounds = static_cast<int32_t>((select_blocks + select_room - 1) / select_room);
-    plan.score = ScorePlan{};
     if (a.sparse && a.items > 0) {
         plan.score = plan_score(a, device);
-        if (plan.score.heads == 0) {
-            return fail(SOCKET_TRT_UNSUPPORTED, "%d tables of %d planes do not fit %d bytes of shared memory", p.tables,
-                        p.planes_per_table, device.shared_memory);
-        }
+        a.select_capacity = plan_select_capacity(device);
+        a.select_blocks = plan_select(a, device);
     }
     const int64_t selecting = a.sparse ? static_cast<int64_t>(a.items) * a.select_heads : 0;
     const int64_t heads = static_cast<int64_t>(a.items) * p.query_heads;
@@ -215,13 +211,15 @@ int32_t make_plan(const SocketTrtAttentionParams& p, const Device& device, Plan&
     Arena arena(p.workspace);
     arena.take(a.item, a.items);
     arena.take(a.prefill_tile, a.prefill_tiles);
-    arena.take(a.logit, a.sparse ? heads * p.tables * p.planes_per_table : 0);
-    arena.take(a.histogram, selecting * kHistogramBins);
-    arena.take(a.selection, selecting);
+    arena.take(a.probability, a.sparse ? heads * p.tables * p.planes_per_table : 0);
+    arena.take(a.listed, selecting);
     arena.take(a.score_key, selecting * a.key_stride);
-    arena.take(a.score_partial, plan.score.passes > 1 ? static_cast<int64_t>(a.items) * p.kv_heads * a.key_stride : 0);
-    arena.take(a.collected, selecting * kCollectCapacity);
+    arena.take(a.sample_key, selecting * (a.key_stride / kSampleTokens));
+    char* partial;
+    arena.take(partial, plan.score.partial_bytes);
+    a.score_partial = partial;
     arena.take(a.slot, selecting * a.list_stride);
+    arena.take(a.arrived, a.combined ? selecting : 0);
     arena.take(a.partial_output, heads * splits * p.head_size);
     arena.take(a.partial_stats, heads * splits * 2);
     plan.workspace_bytes = arena.used() > 0 ? arena.used() : 256;
@@ -232,15 +230,17 @@ cudaError_t launch_decode(const Arguments& a, const Device& device, bool sparse,
     const int32_t sets = sparse ? a.select_heads : a.p.kv_heads;
     const int32_t together = a.p.query_heads / sets;
     const int32_t split_stride = a.dense_splits > a.sparse_splits ? a.dense_splits : a.sparse_splits;
-    const char* name = sparse ? "decode_sparse" : a.p.page_size >= 64 ? "decode_dense_64" : "decode_dense_16";
+    const char* name = sparse                ? a.combined ? "decode_sparse_alone" : "decode_sparse"
+                       : a.p.page_size >= 64 ? "decode_dense_64"
+                                             : "decode_dense_16";
     const dim3 grid(sparse ? a.sparse_splits : a.dense_splits, sets, a.items);
     const SocketTrtAttentionParams& p = a.p;
     return launch_embedded(
-        name, p.dtype, p.head_size, device, grid, stream,
-        {&p.query,      &p.key_cache,      &p.value_cache,   &p.page_table, &a.item,    &a.slot,
-         &a.selection,  &a.partial_output, &a.partial_stats, &p.scale,      &p.softcap, &p.sliding_window,
-         &p.tokens,     &p.query_heads,    &p.kv_heads,      &together,     &p.pages,   &p.pages_per_sequence,
-         &a.page_shift, &a.list_stride,    &split_stride});
+        name, p.dtype, p.head_size, device, grid, a.overlapped != 0, stream,
+        {&p.query,   &p.key_cache,          &p.value_cache,   &p.page_table,  &a.item,      &a.slot,
+         &a.listed,  &a.partial_output,     &a.partial_stats, &a.arrived,     &p.output,    &p.scale,
+         &p.softcap, &p.sliding_window,     &p.tokens,        &p.query_heads, &p.kv_heads,  &together,
+         &p.pages,   &p.pages_per_sequence, &a.page_shift,    &a.list_stride, &split_stride});
 }
 
 cudaError_t launch_prefill(const Arguments& a, const Device& device, cudaStream_t stream) {
@@ -250,7 +250,7 @@ cudaError_t launch_prefill(const Arguments& a, const Device& device, cudaStream_
                        : capped          ? "prefill_16_capped"
                                          : "prefill_16";
     return launch_embedded(
-        name, p.dtype, p.head_size, device, dim3(p.query_heads, a.prefill_tiles), stream,
+        name, p.dtype, p.head_size, device, dim3(p.query_heads, a.prefill_tiles), false, stream,
         {&p.query, &p.key_cache, &p.value_cache, &p.page_table, &a.prefill_tile, &p.output, &p.scale, &p.softcap,
          &p.sliding_window, &p.tokens, &p.query_heads, &p.kv_heads, &p.pages, &p.pages_per_sequence, &a.page_shift});
 }
@@ -278,7 +278,7 @@ int32_t run(const Plan& plan, const Device& device, cudaStream_t stream) {
          [](const Plan& x, const Device& d, cudaStream_t s) { return launch_decode(x.arguments, d, true, s); }},
         {"dense decode", (stages & SOCKET_TRT_STAGE_ATTEND) != 0 && dense,
          [](const Plan& x, const Device& d, cudaStream_t s) { return launch_decode(x.arguments, d, false, s); }},
-        {"combine", (stages & SOCKET_TRT_STAGE_COMBINE) != 0 && a.items > 0,
+        {"combine", (stages & SOCKET_TRT_STAGE_COMBINE) != 0 && a.items > 0 && (dense || !a.combined),
          [](const Plan& x, const Device&, cudaStream_t s) { return launch_combine(x.arguments, s); }},
     };
     for (const auto& stage : order) {
@@ -368,7 +368,7 @@ int32_t SocketTrtAttentionSelection(const SocketTrtAttentionParams* params, Sock
     const socket_trt::Arguments& a = plan.arguments;
     const char* base = static_cast<const char*>(based.workspace);
     view->slots_offset = reinterpret_cast<const char*>(a.slot) - base;
-    view->counts_offset = reinterpret_cast<const char*>(a.selection) - base;
+    view->counts_offset = reinterpret_cast<const char*>(a.listed) - base;
     view->items = a.items;
     view->heads = a.sparse ? a.select_heads : 0;
     view->list_stride = a.list_stride;

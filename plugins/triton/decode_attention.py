@@ -1,5 +1,5 @@
 # ruff: noqa: N803 -- compile-time constants of Triton kernels are written in capitals
-"""Attention of decode queries: a part of the tokens for each program, combined by combine.cu.
+"""Attention of decode queries: a part of the tokens for each program, combined by the last of them or by combine.cu.
 
 Sparse programs read the cache slots that selection listed; dense programs read whole tiles of pages.  The query heads
 that share their tokens (a KV head's group, or one head where each selects for itself) are the rows of one 16-row
@@ -12,11 +12,13 @@ from collections.abc import Iterable
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from .common import LOG2_E, Config, Kernel, Variant, accumulate, capped, page_of
 
 ITEM_DENSE = tl.constexpr(1)  # ItemMode in arguments.h
 ITEM_SPARSE = tl.constexpr(2)
+MAX_SPLITS = tl.constexpr(64)  # kMaxSplits in arguments.h
 
 
 @triton.jit
@@ -27,9 +29,11 @@ def decode_attention(
     page_table,
     items,
     slots,
-    selection,
+    listed,
     partial_output,
     partial_stats,
+    arrived,
+    output,
     scale,
     softcap,
     sliding_window,
@@ -46,13 +50,20 @@ def decode_attention(
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    COMBINE: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):
     """Grid: parts of the tokens, sets of heads that share them, items.
 
     query [Hq, N, D]; key_cache, value_cache [P, Hkv, page_size, D]; items int32 [items, 4] (row, token, length, mode);
-    slots int32 [items, sets, list_stride]; selection int32 [items, sets, 4] (the first is the number of slots);
+    slots int32 [items, sets, list_stride]; listed int32 [items, sets], their number;
     partial_output [items, Hq, split_stride, D]; partial_stats [items, Hq, split_stride, 2].
+    COMBINE (only where every head has its own tokens): the last program of a head combines its parts, counting in
+    arrived int32 [items, sets], and writes output [Hq, N, D].
+    OVERLAPPED: the kernel may begin before those that it depends on have ended.
     """
+    if OVERLAPPED:
+        gdc_wait()
     split = tl.program_id(0)
     splits = tl.num_programs(0)
     head_set = tl.program_id(1)
@@ -69,16 +80,17 @@ def decode_attention(
     # The tokens of this program: [begin, end) of the list, or of the positions.
     if SPARSE:
         list_index = item.to(tl.int64) * tl.num_programs(1) + head_set
-        end = tl.load(selection + list_index * 4)
+        end = tl.load(listed + list_index)
         begin = 0
         first = 0
+        share = tl.cdiv(end, splits)
     else:
         end = length
         first = 0
         if sliding_window > 0:
             first = tl.maximum(length - sliding_window, 0)
         begin = first // BLOCK_N * BLOCK_N
-    share = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_N) * BLOCK_N
+        share = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_N) * BLOCK_N  # tiles stay inside pages
     begin += split * share
     end = tl.minimum(end, begin + share)
 
@@ -97,6 +109,7 @@ def decode_attention(
         valid = start + n < end
         if SPARSE:
             slot = tl.load(slots + list_index * list_stride + start + n, mask=valid, other=0)
+            slot = tl.where((slot >= 0) & (slot < (pages << page_shift)), slot, 0)
             page = slot >> page_shift
             place = slot & place_mask
         else:
@@ -118,13 +131,48 @@ def decode_attention(
     tl.store(partial_stats + part * 2 + 1, weights, mask=exists)
     written = exists[:, None] & (d[None, :] < HEAD_SIZE) & (begin < end)
     tl.store(partial_output + part[:, None] * HEAD_SIZE + d[None, :], sums, mask=written)
+    if COMBINE:
+        tl.debug_barrier()  # all of this program's parts are written before it counts itself
+        if tl.atomic_add(arrived + item * tl.num_programs(1) + head_set, 1, sem="acq_rel") == splits - 1:
+            first_part = (item.to(tl.int64) * query_heads + head_set) * split_stride
+            combined = _combine(partial_output, partial_stats, first_part, splits, HEAD_SIZE, BLOCK_D)
+            to = (head_set.to(tl.int64) * tokens + token) * HEAD_SIZE + d
+            tl.store(output + to, combined.to(output.dtype.element_ty), mask=d < HEAD_SIZE)
+
+
+@triton.jit
+def _combine(partial_output, partial_stats, first_part, splits, HEAD_SIZE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The softmax average of one head's parts; they come from other multiprocessors, past this one's cache."""
+    d = tl.arange(0, BLOCK_D)
+    every = tl.arange(0, MAX_SPLITS)
+    maxima_at = partial_stats + (first_part + every) * 2
+    maximum = tl.max(tl.load(maxima_at, mask=every < splits, other=float("-inf"), cache_modifier=".cg"), 0)
+    total = tl.sum(tl.zeros([8], tl.float32), 0)
+    combined = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, splits, 8):
+        split = start + tl.arange(0, 8)
+        part = first_part + split
+        exists = split < splits
+        maxima = tl.load(partial_stats + part * 2, mask=exists, other=float("-inf"), cache_modifier=".cg")
+        weights = tl.load(partial_stats + part * 2 + 1, mask=exists, other=0.0, cache_modifier=".cg")
+        values = tl.load(
+            partial_output + part[:, None] * HEAD_SIZE + d[None, :],
+            mask=exists[:, None] & (d[None, :] < HEAD_SIZE),
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        factor = tl.where(weights > 0, tl.exp2(maxima - maximum), 0.0)
+        total += tl.sum(factor * weights, 0)
+        combined += tl.sum(tl.where((weights > 0)[:, None], values, 0.0) * factor[:, None], 0)
+    return tl.where(total > 0, combined / total, 0.0)
 
 
 def variants(architecture: int, head_size: int) -> Iterable[Variant]:
-    """Sparse; dense over tiles of 64 positions, and of 16 where a page is shorter than that."""
+    """Sparse, where each head has its own tokens and where heads share them; dense over tiles of 64 positions, and of 16 where a page is shorter than that."""
 
-    def configs(sparse: bool, block: int) -> tuple[Config, ...]:
+    def configs(sparse: bool, block: int, combine: bool = False) -> tuple[Config, ...]:
         constants = {"SPARSE": sparse, "HEAD_SIZE": head_size, "BLOCK_D": triton.next_power_of_2(head_size)}
+        constants |= {"COMBINE": combine, "OVERLAPPED": architecture >= 90}
         return tuple(
             Config({**constants, "BLOCK_N": n}, 4, stages)
             for n in (block, block // 2)
@@ -133,6 +181,7 @@ def variants(architecture: int, head_size: int) -> Iterable[Variant]:
         )
 
     yield Variant("decode_sparse", configs(True, 64))
+    yield Variant("decode_sparse_alone", configs(True, 64, combine=True))
     yield Variant("decode_dense_64", configs(False, 64))
     yield Variant("decode_dense_16", configs(False, 16))
 
@@ -146,9 +195,11 @@ KERNEL = Kernel(
         "page_table": "*i32",
         "items": "*i32",
         "slots": "*i32",
-        "selection": "*i32",
+        "listed": "*i32",
         "partial_output": "*fp32",
         "partial_stats": "*fp32",
+        "arrived": "*i32",
+        "output": "*T",
         "scale": "fp32",
         "softcap": "fp32",
         "sliding_window": "i32",

@@ -12,6 +12,7 @@ from socket_trt.cli.console import RichProgress, out, table
 from socket_trt.cli.sizes import human_bytes
 from socket_trt.config import AttentionKind, Selection, SocketConfig, parse_budget
 from socket_trt.engine.manifest import Manifest
+from socket_trt.engine.profiles import DEFAULT_MAX_STEP_TOKENS
 from socket_trt.errors import MissingDependencyError
 
 _DEFAULT = SocketConfig()
@@ -81,6 +82,13 @@ def build(
     max_seq_len: Annotated[
         int | None, typer.Option(help="Tokens of a sequence at most; the model's own limit by default.")
     ] = None,
+    max_step_tokens: Annotated[
+        int, typer.Option(help="Tokens a step may have at most (TensorRT): the size of a prefill chunk.")
+    ] = DEFAULT_MAX_STEP_TOKENS,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan/--no-plan", help="Build TensorRT's plan now, or leave it to `socket-trt compile`."),
+    ] = True,
     opset: Annotated[int, typer.Option(help="ONNX opset of the graph, 17 to 23.")] = 18,
     seed: Annotated[int, typer.Option(help="Of the hyperplanes and of random weights.")] = _DEFAULT.seed,
     graph_only: Annotated[bool, typer.Option("--graph-only", help="Write the graph, no weights.")] = False,
@@ -108,7 +116,7 @@ def build(
         raise MissingDependencyError(
             f"building needs the package '{error.name}': pip install 'socket-trt[export]'"
         ) from None
-    chosen = choose_backend(backend.value)
+    chosen = choose_backend(backend.value, with_plan=plan)
     automatic = "float32" if chosen == "onnxruntime" else "float16"
     progress = RichProgress()
     with progress.task("Resolving the model"):
@@ -126,6 +134,8 @@ def build(
             max_seq_len=max_seq_len,
             opset=opset,
             graph_only=graph_only,
+            with_plan=plan and chosen == "tensorrt",
+            max_step_tokens=max_step_tokens,
             force=force,
             seed=seed,
         ),
@@ -139,9 +149,13 @@ def build(
 
 def _summary(manifest: Manifest, output: Path) -> object:
     graph = output / manifest.graph.file
+    plan = manifest.plan
     weights = sum(record.size for record in manifest.weights.files.values())
     has_weights = manifest.weights.mode != "absent"
     following = f"socket-trt validate {output}" if has_weights else "the same without --graph-only, to run it"
+    if manifest.backend == "tensorrt" and plan is None:
+        following = f"socket-trt compile {output}, on the machine that will run it"
+    planned = [("plan", plan_text(manifest))] if manifest.backend == "tensorrt" else []
     return table(
         f"Built {output}",
         ("", ""),
@@ -151,6 +165,18 @@ def _summary(manifest: Manifest, output: Path) -> object:
             ("graph", f"{graph.name}, {human_bytes(graph.stat().st_size)}, opset {manifest.graph.opset}"),
             ("weights", f"{manifest.weights.mode}, {human_bytes(weights)}"),
             ("runs on", f"{manifest.backend}, {manifest.dtype}"),
+            *planned,
             ("next", following),
         ],
+    )
+
+
+def plan_text(manifest: Manifest) -> str:
+    """What an engine's plan was built with, in a line."""
+    plan = manifest.plan
+    if plan is None:
+        return "none yet"
+    return (
+        f"TensorRT {plan.tensorrt}, {plan.gpu} ({plan.compute_capability}), plugin {plan.plugin_release} "
+        f"({plan.plugin_sha256[:12]}), steps of {plan.max_step_tokens} tokens, {plan.build_seconds:.1f} s"
     )

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from socket_trt.cli.console import err, out
+from socket_trt.cli.console import RichProgress, err, out
 from socket_trt.engine.manifest import EngineDirectory
 from socket_trt.errors import RequestError
 from socket_trt.runtime.open import open_generator
@@ -43,7 +43,7 @@ def generate(
         ignore_eos=ignore_eos,
     )
     engine = EngineDirectory.open(directory)
-    with open_generator(engine) as generator:
+    with open_generator(engine, RichProgress()) as generator:
         if stream and not as_json:
             generation = generator.stream(text, parameters)
             for piece in generation:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from socket_trt.cli.build import plan_text
 from socket_trt.cli.console import out, table
 from socket_trt.cli.sizes import human_bytes
 from socket_trt.config import parse_numbers
 from socket_trt.engine.manifest import EngineDirectory, Manifest
 from socket_trt.engine.memory import GIB, Capacity, Memory, capacity, memory_of
-from socket_trt.errors import ConfigError, SocketTrtError
+from socket_trt.errors import ConfigError, MissingDependencyError, SocketTrtError
 from socket_trt.validation.report import VALIDATION_FILE
 
 
@@ -23,11 +25,17 @@ def inspect(
         float, typer.Option(min=0.001, help="GiB of the GPU, or of what may be used of it, to say what they hold.")
     ] = 80.0,
     batch: Annotated[str, typer.Option(help="Sequences that run together, such as 1,8,64.")] = "1,8,64",
+    commands: Annotated[
+        bool, typer.Option("--commands", help="Only print command lines of trtexec and polygraphy for the same plan.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Say what an engine directory holds, whether it is whole, what memory it takes, and what fits beside it."""
     engine = EngineDirectory.open(directory)
     manifest = engine.manifest
+    if commands:
+        _print_commands(engine, as_json)
+        return
     try:
         engine.check()
         state = "whole"
@@ -50,6 +58,20 @@ def inspect(
         out.print_json(data=fields)
         return
     out.print(table(str(directory), ("", ""), [*_rows(manifest, own, state, validation), *_capacity_rows(fits)]))
+
+
+def _print_commands(engine: EngineDirectory, as_json: bool) -> None:
+    try:
+        from socket_trt.engine.commands import build_commands
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"this needs the package '{error.name}': pip install 'socket-trt[tensorrt]'"
+        ) from None
+    lines = build_commands(engine)
+    if as_json:
+        out.print_json(data=lines)
+    else:
+        sys.stdout.write("\n\n".join(lines.values()) + "\n")
 
 
 def _validation(engine: EngineDirectory) -> str:
@@ -90,6 +112,7 @@ def _rows(manifest: Manifest, memory: Memory, state: str, validation: str) -> li
             f"{human_bytes(memory.page_bytes)} a page, {memory.code_bytes / memory.page_bytes:.1%} of it codes and norms; "
             f"{memory.pages_per_gib} pages or {memory.cached_tokens_per_gib} tokens a GiB",
         ),
+        *([("plan", plan_text(manifest))] if manifest.backend == "tensorrt" else []),
         ("built", f"{manifest.created} by socket-trt {manifest.versions['socket-trt']}"),
         ("state", state),
         ("validation", validation),

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from socket_trt import __version__
-from socket_trt.cli import build, deploy, doctor, generate, inspect, validate
+from socket_trt.cli import bench, build, compile, deploy, doctor, generate, inspect, validate
 from socket_trt.cli.console import err, out
 from socket_trt.errors import SocketTrtError
 
@@ -23,9 +23,11 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("build")(build.build)
+app.command("compile")(compile.compile_)
 app.command("inspect")(inspect.inspect)
 app.command("validate")(validate.validate)
 app.command("generate")(generate.generate)
+app.command("bench")(bench.bench)
 app.command("deploy")(deploy.deploy)
 app.command("doctor")(doctor.doctor)
 

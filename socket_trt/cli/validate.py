@@ -20,16 +20,25 @@ _COLOURS = {"passed": "[green]passed[/]", "failed": "[bold red]FAILED[/]", "skip
 def validate(
     directory: Annotated[Path, typer.Argument(help="Engine directory.")],
     seed: Annotated[int, typer.Option(help="Of the random tokens that are fed.")] = 0,
+    record: Annotated[
+        bool,
+        typer.Option(
+            "--record", help="Only write what PyTorch expects to DIR/reference.npz, for a machine without it."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compare an engine directory with its PyTorch model, write validation.json, exit with 1 where a gate fails."""
     engine = EngineDirectory.open(directory)
     try:
-        from socket_trt.validation.validate import validate_engine
+        from socket_trt.validation.validate import record_answers, validate_engine
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
             f"validation needs the package '{error.name}': pip install 'socket-trt[validate]'"
         ) from None
+    if record:
+        out.print(f"wrote {record_answers(engine, RichProgress(), seed)}")
+        return
     report = validate_engine(engine, RichProgress(), seed)
     if as_json:
         out.print_json(report.model_dump_json())

@@ -19,6 +19,7 @@ import torch
 
 from socket_trt import __version__
 from socket_trt.config import AttentionKind, SocketConfig
+from socket_trt.engine.compile import compile_engine
 from socket_trt.engine.manifest import (
     CHECKPOINT_DIRECTORY,
     EMBEDDED_WEIGHTS_FILE,
@@ -26,12 +27,14 @@ from socket_trt.engine.manifest import (
     GRAPH_FILE,
     MANIFEST_FILE,
     BuildDType,
+    EngineDirectory,
     GraphRecord,
     Manifest,
     ModelRecord,
     TensorRecord,
     WeightsRecord,
 )
+from socket_trt.engine.profiles import DEFAULT_MAX_STEP_TOKENS, check_max_step_tokens
 from socket_trt.errors import CheckpointError, ConfigError, EngineError
 from socket_trt.models.checkpoint import COMPANIONS, ModelSource, stop_token_ids
 from socket_trt.models.families import head_size
@@ -55,7 +58,11 @@ _NORM_MEAN = {"gemma2": 0.0}
 
 @dataclasses.dataclass(frozen=True)
 class BuildOptions:
-    """What `socket-trt build` was asked for.  `max_seq_len` None: the model's own maximum."""
+    """What `socket-trt build` was asked for.
+
+    max_seq_len  None: the model's own maximum
+    with_plan    build TensorRT's plan here and now; `max_step_tokens` are what a step of it may have
+    """
 
     socket: SocketConfig
     attention: AttentionKind = AttentionKind.socket
@@ -66,6 +73,8 @@ class BuildOptions:
     max_seq_len: int | None = None
     opset: int = EXPORT_OPSET
     graph_only: bool = False
+    with_plan: bool = False
+    max_step_tokens: int = DEFAULT_MAX_STEP_TOKENS
     force: bool = False
     seed: int = 0
 
@@ -84,21 +93,23 @@ def build_engine(source: ModelSource, output: Path, options: BuildOptions, progr
         with progress.task("Exporting the graph"):
             model = export_model(source.config, socket, dtype, max_seq_len, options.opset)
         if checkpoint_index is None:
-            plan = plan_checkpoint(parameter_shapes(source.config), dtype)
-        used = attach_weights(model, checkpoint_index or plan, source.config.tie_word_embeddings)
+            drawn = plan_checkpoint(parameter_shapes(source.config), dtype)
+        used = attach_weights(model, checkpoint_index or drawn, source.config.tie_word_embeddings)
 
         made = stage / CHECKPOINT_DIRECTORY
         if source.checkpoint is None:
             made.mkdir()
             _write_companions(source, made)
             if not options.graph_only:
-                _write_random_weights(source.config, plan, made, options.seed, progress)
+                _write_random_weights(source.config, drawn, made, options.seed, progress)
         _copy_companions(source.checkpoint or made, stage)
 
         weights = _place_weights(model, used, source.checkpoint, stage, options, progress)
         save_graph(model, stage / GRAPH_FILE, EMBEDDED_WEIGHTS_FILE if weights.mode == "embedded" else None)
         manifest = _manifest(source, stage, model, weights, socket, options, max_seq_len)
         (stage / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n")
+        if options.with_plan:
+            manifest = compile_engine(EngineDirectory(stage, manifest), progress, options.max_step_tokens)
     return manifest
 
 
@@ -110,6 +121,10 @@ def _check_options(source: ModelSource, options: BuildOptions) -> int:
         raise ConfigError(f"--max-batch-size {options.max_batch_size}: at least one sequence")
     if not MIN_OPSET <= options.opset <= MAX_OPSET:
         raise ConfigError(f"--opset {options.opset}: opsets {MIN_OPSET} to {MAX_OPSET} are supported")
+    if options.backend == "tensorrt":
+        if options.dtype == "float32":
+            raise ConfigError("TensorRT engines compute in float16 or bfloat16: give --dtype float16")
+        check_max_step_tokens(options.max_step_tokens, options.max_batch_size)
     most = int(source.config.max_position_embeddings)
     if options.max_seq_len is None:
         return most

@@ -14,10 +14,11 @@ from socket_trt.runtime.session import SessionLimits
 from socket_trt.weights import FileRecord, TensorLocation, check_files, sha256_of
 
 # Raised with every change that an older or newer release could misread.
-FORMAT = 1
+FORMAT = 2
 
 MANIFEST_FILE = "build.json"
 GRAPH_FILE = "model.onnx"
+PLAN_FILE = "engine.plan"
 EMBEDDED_WEIGHTS_FILE = "model.onnx.data"
 CHECKPOINT_DIRECTORY = "checkpoint"  # of weights that the build made itself
 
@@ -70,6 +71,25 @@ class WeightsRecord(_Record):
     tensors: dict[str, TensorLocation]
 
 
+class PlanRecord(_Record):
+    """TensorRT's plan of the graph, and what it runs with: a plan fits one TensorRT, one GPU and one plugin.
+
+    max_step_tokens  tokens a step may have;  max_pages  pages the pool of a session may have
+    """
+
+    file: str
+    sha256: str
+    tensorrt: str
+    gpu: str
+    compute_capability: str
+    plugin: str
+    plugin_release: str
+    plugin_sha256: str
+    max_step_tokens: int
+    max_pages: int
+    build_seconds: float
+
+
 class Manifest(_Record):
     format: int
     versions: dict[str, str]
@@ -83,6 +103,7 @@ class Manifest(_Record):
     socket: SocketConfig
     graph: GraphRecord
     weights: WeightsRecord
+    plan: PlanRecord | None = None
 
     def limits(self, num_pages: int | None = None) -> SessionLimits:
         """What a session of this engine holds; by default a pool in which a full batch of full sequences fits."""
@@ -163,13 +184,27 @@ class EngineDirectory:
     def tokenizer_file(self) -> Path:
         return self.path / "tokenizer.json"
 
-    def check(self) -> None:
-        """Raise unless graph and weights are what the build left: EngineError, or CheckpointError for external weights."""
+    def write(self, manifest: Manifest) -> None:
+        """Replace the manifest, at once."""
+        partial = self.path / f".{MANIFEST_FILE}.partial"
+        try:
+            partial.write_text(manifest.model_dump_json(indent=2) + "\n")
+            partial.replace(self.path / MANIFEST_FILE)
+        except OSError as error:
+            raise EngineError(f"{self.path}: cannot be written ({error.strerror})") from None
+        self.manifest = manifest
+
+    def check_graph(self) -> None:
+        """Raise EngineError unless the graph is what the build left."""
         record = self.manifest.graph
         if not self.graph.is_file():
             raise EngineError(f"{self.graph}: missing; build the engine again")
         if sha256_of(self.graph) != record.sha256:
             raise EngineError(f"{self.graph}: changed since it was built; build the engine again")
+
+    def check(self) -> None:
+        """Raise unless graph and weights are what the build left: EngineError, or CheckpointError for external weights."""
+        self.check_graph()
         if self.manifest.weights.mode == "absent":
             raise EngineError(f"{self.path}: built with --graph-only from random weights: it has none to run with")
         check_files(self.weights_directory, self.manifest.weights.files)

@@ -45,6 +45,8 @@ def operator_model(
         names.OPERATOR_INPUTS,
         names.OPERATOR_OUTPUTS,
         domain=names.DOMAIN,
+        plugin_version=str(names.OPERATOR_VERSION),
+        plugin_namespace=names.DOMAIN,
         **attributes.as_dict(),
     )
     graph = helper.make_graph(

@@ -20,6 +20,8 @@ def session_options() -> ort.SessionOptions:
     """How the project runs ONNX Runtime everywhere."""
     options = ort.SessionOptions()
     options.log_severity_level = 3  # warnings speak of its own optimiser
+    # The level above is for the layout of convolutions, and crashes while folding constants of float16 Gemma2 graphs.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     # Threads that wait sleep: spinning starves whatever else runs on the machine, other sessions first.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options

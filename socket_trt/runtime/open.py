@@ -8,15 +8,20 @@ from collections.abc import Iterator
 from tokenizers import Tokenizer
 
 from socket_trt.engine.manifest import EngineDirectory
+from socket_trt.engine.profiles import DEFAULT_MAX_STEP_TOKENS
 from socket_trt.errors import ConfigError, EngineError
+from socket_trt.progress import Progress
 from socket_trt.runtime.generator import TextGenerator
 from socket_trt.runtime.session import Session
 
-DEFAULT_MAX_STEP_TOKENS = 2048
-
 
 def open_session(
-    engine: EngineDirectory, num_pages: int | None = None, *, device: int = 0, random_weights: bool = False
+    engine: EngineDirectory,
+    num_pages: int | None = None,
+    *,
+    device: int = 0,
+    random_weights: bool = False,
+    progress: Progress | None = None,
 ) -> Session:
     """The session of the backend that the engine was built for.
 
@@ -24,10 +29,12 @@ def open_session(
     device          the GPU to run on, for a backend that runs on one
     random_weights  do without the checkpoint (TensorRT)
 
-    Raises EngineError or CheckpointError where graph or weights are not what the build left.
+    Raises EngineError or CheckpointError where graph, plan or weights are not what the build left.
     """
-    if engine.manifest.backend != "onnxruntime":
-        raise EngineError(f"{engine.path}: built for {engine.manifest.backend}, which this release cannot run yet")
+    if engine.manifest.backend == "tensorrt":
+        from socket_trt.runtime.tensorrt_session import TensorRTSession
+
+        return TensorRTSession(engine, num_pages, ordinal=device, random_weights=random_weights, progress=progress)
     if random_weights:
         raise ConfigError(f"{engine.path}: only a TensorRT engine can be run with random weights in place of its own")
     from socket_trt.runtime.onnxruntime_session import OnnxRuntimeSession
@@ -42,7 +49,8 @@ def runs_on_gpu(engine: EngineDirectory) -> bool:
 
 def max_step_tokens(engine: EngineDirectory) -> int:
     """Tokens that a step of the engine's session should have at most."""
-    return DEFAULT_MAX_STEP_TOKENS
+    plan = engine.manifest.plan
+    return plan.max_step_tokens if plan is not None else DEFAULT_MAX_STEP_TOKENS
 
 
 def load_tokenizer(engine: EngineDirectory) -> Tokenizer:
@@ -59,10 +67,10 @@ def load_tokenizer(engine: EngineDirectory) -> Tokenizer:
 
 
 @contextlib.contextmanager
-def open_generator(engine: EngineDirectory) -> Iterator[TextGenerator]:
+def open_generator(engine: EngineDirectory, progress: Progress | None = None) -> Iterator[TextGenerator]:
     """A generator on a session that is closed at the end."""
     tokenizer = load_tokenizer(engine)
-    session = open_session(engine)
+    session = open_session(engine, progress=progress)
     try:
         yield TextGenerator(
             session, tokenizer, engine.manifest.model.stop_token_ids, max_step_tokens=max_step_tokens(engine)

@@ -20,6 +20,8 @@ class Gate(str, enum.Enum):
     code_bits = "code bits"
     selections = "selections"
     greedy = "greedy tokens, budget keeps everything"
+    runtimes = "TensorRT and ONNX Runtime, budget keeps everything"
+    greedy_runtimes = "greedy tokens of TensorRT and ONNX Runtime"
 
 
 class GateResult(BaseModel):

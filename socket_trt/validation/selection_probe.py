@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from socket_trt.config import code_bits
+from socket_trt.config import OperatorAttributes, code_bits
 
 Arrays = dict[str, npt.NDArray[Any]]
 Run = Callable[[Arrays], npt.NDArray[Any]]
@@ -53,6 +53,33 @@ def attended_tokens(run: Run, inputs: Arrays, row: int) -> npt.NDArray[np.bool_]
         seen.append(output[0, :, 0] > 0)
     tokens: npt.NDArray[np.bool_] = np.concatenate(seen, axis=1)[:, : past + 1]
     return tokens
+
+
+def attention_over(
+    chosen: npt.NDArray[np.bool_], inputs: Arrays, outputs: Arrays, row: int, attributes: OperatorAttributes
+) -> npt.NDArray[np.float64]:
+    """Exact attention of decode row `row` over the `chosen` tokens [Hq, T], float64 [Hq, D].
+
+    inputs, outputs: the operator's; keys and values are read from the caches after the step.
+    """
+    length = chosen.shape[1]
+    page_size = inputs["key_cache"].shape[2]
+    position = np.arange(length)
+    pages, slots = inputs["page_table"][row][position // page_size], position % page_size
+    group = len(chosen) // inputs["key"].shape[1]
+    keys, values = (
+        outputs[name][pages, :, slots].astype(np.float64).repeat(group, axis=1)  # [T, Hq, D]
+        for name in ("key_cache_out", "value_cache_out")
+    )
+    query = inputs["query"][0, :, int(inputs["query_start"][row])].astype(np.float64)
+    logits = np.einsum("hd,thd->ht", query, keys) * attributes.scale
+    if attributes.softcap:
+        logits = np.tanh(logits / attributes.softcap) * attributes.softcap
+    logits = np.where(chosen, logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    attended: npt.NDArray[np.float64] = np.einsum("ht,thd->hd", weights, values)
+    return attended
 
 
 def written_codes(code_cache: npt.NDArray[np.int32], inputs: Arrays) -> npt.NDArray[np.int64]:

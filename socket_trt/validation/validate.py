@@ -1,38 +1,40 @@
-"""Validate an engine directory: load the PyTorch model, run the gates, write validation.json."""
+"""Validate an engine directory: gather what PyTorch expects, run the gates, write validation.json."""
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
 
-import torch
 from polygraphy.logger import G_LOGGER
 
-from socket_trt import names
-from socket_trt.config import AttentionKind, OperatorAttributes
-from socket_trt.engine.build import TORCH_DTYPES
-from socket_trt.engine.manifest import EngineDirectory, Manifest
-from socket_trt.models.checkpoint import load_config
-from socket_trt.models.packed import Observer, PackedModel, empty_caches, freeze_rope
+from socket_trt.config import AttentionKind
+from socket_trt.engine.manifest import EngineDirectory
+from socket_trt.errors import MissingDependencyError
 from socket_trt.progress import Progress
-from socket_trt.runtime.onnxruntime_session import OnnxRuntimeSession
-from socket_trt.runtime.session import Session
 from socket_trt.validation import gates
-from socket_trt.validation.gates import OperatorCall
+from socket_trt.validation.reference import (
+    REFERENCE_FILE,
+    RecordedReference,
+    Reference,
+    greedy_prompt,
+    record_reference,
+)
 from socket_trt.validation.report import VALIDATION_FILE, Gate, GateResult, ValidationReport
-from socket_trt.validation.runners import feed_dict
 from socket_trt.validation.scenario import Scenario, make_scenario
-from socket_trt.validation.variants import EngineGraph
+from socket_trt.validation.under_test import EngineUnderTest, OnnxRuntimeEngine, TensorRTEngine
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-GREEDY_PROMPT, GREEDY_TOKENS = 512, 24
+_OF_PYTORCH = (Gate.whole_model, Gate.operators, Gate.code_bits, Gate.selections, Gate.greedy)
+_TORCH_PACKAGES = ("torch", "transformers", "onnxscript")
 
 
 def validate_engine(engine: EngineDirectory, progress: Progress, seed: int = 0) -> ValidationReport:
     """Run every gate and leave the report in the engine directory.
+
+    PyTorch's answers are read from `reference.npz` where there is one for this seed, else computed.  A TensorRT engine on
+    a machine with neither is compared with ONNX Runtime alone.
 
     Raises EngineError or CheckpointError where the directory cannot be run at all; a gate that fails is in the report.
     """
@@ -40,38 +42,24 @@ def validate_engine(engine: EngineDirectory, progress: Progress, seed: int = 0) 
     begin = time.perf_counter()
     engine.check()
     manifest = engine.manifest
-    tolerances = gates.check_supported_dtype(manifest.dtype)
-    graph = EngineGraph(engine)
+    tolerances = gates.tolerances_of(manifest.backend, manifest.dtype)
     scenario = make_scenario(manifest, seed)
-    with progress.task("Loading the PyTorch model"):
-        model = load_model(engine)
+    onnxruntime = OnnxRuntimeEngine(engine)
+    on_gpu = manifest.backend == "tensorrt"
+    under_test: EngineUnderTest = TensorRTEngine(engine, progress) if on_gpu else onnxruntime
+    reference = _reference(engine, scenario, tolerances, seed, progress)
 
-    def open_dense() -> Session:
-        changed = None if manifest.attention is AttentionKind.dense else gates.keeps_everything(graph)
-        return OnnxRuntimeSession(engine, graph=changed)
-
-    with progress.task("Recording operator inputs"):
-        calls = record_calls(model, manifest, scenario)
-    prompt = scenario.tokens[0][: min(GREEDY_PROMPT, manifest.max_seq_len - GREEDY_TOKENS)].tolist()
-    runs: dict[Gate, Callable[[], GateResult]] = {
-        Gate.whole_model: lambda: gates.whole_model(open_dense, model, scenario, tolerances),
-        Gate.operators: lambda: gates.operators(graph, calls, tolerances),
-        Gate.code_bits: lambda: gates.code_bits_written(graph, calls, tolerances),
-        Gate.selections: lambda: _selections(graph, calls, manifest),
-        Gate.greedy: lambda: gates.greedy_text(open_dense, model, prompt, GREEDY_TOKENS, tolerances),
-    }
     results = []
-    for gate, run in runs.items():
+    for gate, run in _gates(engine, under_test, onnxruntime, reference, scenario, tolerances).items():
         with progress.task(f"Comparing: {gate.value}"):
             results.append(_outcome(gate, run))
-
     report = ValidationReport(
         engine_graph_sha256=manifest.graph.sha256,
         model=manifest.model.name,
         family=manifest.model.family,
         dtype=manifest.dtype,
         attention=manifest.attention.value,
-        versions=manifest.versions,
+        versions=manifest.versions | ({"tensorrt": manifest.plan.tensorrt} if manifest.plan is not None else {}),
         sequence_lengths=scenario.lengths,
         seconds=round(time.perf_counter() - begin, 2),
         gates=results,
@@ -80,53 +68,82 @@ def validate_engine(engine: EngineDirectory, progress: Progress, seed: int = 0) 
     return report
 
 
-def load_model(engine: EngineDirectory) -> PreTrainedModel:
-    """Transformers' own model from the engine's checkpoint, in the engine's dtype."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+def record_answers(engine: EngineDirectory, progress: Progress, seed: int = 0) -> Path:
+    """Write what PyTorch expects of this engine to `reference.npz` in its directory; needs no TensorRT.
 
-    logging.disable_progress_bar()
-    load_config(engine.checkpoint_directory)  # one line where it is not there
-    model = AutoModelForCausalLM.from_pretrained(
-        engine.checkpoint_directory, dtype=TORCH_DTYPES[engine.manifest.dtype], attn_implementation="eager"
-    )
-    freeze_rope(model, engine.manifest.max_seq_len)
-    return model.eval()
+    Raises MissingDependencyError where there is no PyTorch.
+    """
+    engine.check()
+    manifest = engine.manifest
+    tolerances = gates.tolerances_of(manifest.backend, manifest.dtype)
+    scenario = make_scenario(manifest, seed)
+    reference = _compute(engine, scenario, progress)
+    with progress.task("Recording PyTorch's answers"):
+        return record_reference(engine, scenario, reference, tolerances.margins, seed)
 
 
-def record_calls(model: PreTrainedModel, manifest: Manifest, scenario: Scenario) -> list[OperatorCall]:
-    """Inputs of every layer's operator in every step, from the PyTorch model with the reference operator in it."""
-    stock = model.config._attn_implementation
-    packed = PackedModel(model, manifest.socket, manifest.model.head_size)
-    calls: list[OperatorCall] = []
-    caches = empty_caches(
-        manifest.model.layers,
-        scenario.num_pages,
-        manifest.model.kv_heads,
-        manifest.model.head_size,
-        manifest.socket,
-        model.dtype,
-    )
+def _reference(
+    engine: EngineDirectory, scenario: Scenario, tolerances: gates.Tolerances, seed: int, progress: Progress
+) -> Reference | None:
+    if (engine.path / REFERENCE_FILE).is_file():
+        return RecordedReference(engine, scenario, tolerances.margins, seed)
+    if engine.manifest.backend == "tensorrt" and not all(map(importlib.util.find_spec, _TORCH_PACKAGES)):
+        return None
+    return _compute(engine, scenario, progress)
+
+
+def _compute(engine: EngineDirectory, scenario: Scenario, progress: Progress) -> Reference:
     try:
-        for number, step in enumerate(scenario.steps):
-            packed.observe = _recorder(calls, number)
-            inputs = [torch.from_numpy(array) for array in feed_dict(step).values()]
-            with torch.no_grad():
-                _, caches = packed(*inputs, caches)
-    finally:
-        model.set_attn_implementation(stock)
-    return calls
+        from socket_trt.validation.torch_reference import TorchReference, load_model
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"PyTorch's answers need the package '{error.name}': pip install 'socket-trt[validate]'"
+        ) from None
+    with progress.task("Loading the PyTorch model"):
+        model = load_model(engine)
+    with progress.task("Recording operator inputs"):
+        return TorchReference(model, engine.manifest, scenario)
 
 
-def _recorder(calls: list[OperatorCall], step: int) -> Observer:
-    def record(layer: int, inputs: tuple[torch.Tensor, ...], attributes: OperatorAttributes) -> None:
-        arrays = {
-            name: tensor.detach().contiguous().numpy()
-            for name, tensor in zip(names.OPERATOR_INPUTS, inputs, strict=True)
+def _gates(
+    engine: EngineDirectory,
+    under_test: EngineUnderTest,
+    onnxruntime: OnnxRuntimeEngine,
+    reference: Reference | None,
+    scenario: Scenario,
+    tolerances: gates.Tolerances,
+) -> dict[Gate, Callable[[], GateResult]]:
+    """What to run, in the report's order."""
+    open_dense = under_test.open_dense
+    runs: dict[Gate, Callable[[], GateResult]] = {}
+    if reference is None:
+        reason = f"no {REFERENCE_FILE} (socket-trt validate --record, where PyTorch is), and no PyTorch here"
+        runs |= {gate: partial(_skipped, gate, reason) for gate in _OF_PYTORCH}
+    else:
+        known = reference
+        runs |= {
+            Gate.whole_model: lambda: gates.whole_model(open_dense, known, scenario, tolerances),
+            Gate.operators: lambda: gates.operators(under_test, known, tolerances),
+            Gate.code_bits: lambda: gates.code_bits_written(under_test, known, tolerances),
+            Gate.selections: lambda: gates.selections(under_test, known, tolerances),
+            Gate.greedy: lambda: gates.greedy_text(open_dense, known.greedy(), tolerances, Gate.greedy),
         }
-        calls.append(OperatorCall(layer, step, arrays, attributes))
+        if engine.manifest.attention is AttentionKind.dense:
+            runs[Gate.selections] = partial(_skipped, Gate.selections, "a dense engine selects nothing")
+    if under_test is not onnxruntime:
+        prompt = greedy_prompt(engine.manifest, scenario)
 
-    return record
+        def greedy_runtimes() -> GateResult:
+            expected = gates.generate_greedily(onnxruntime.open_dense, prompt)
+            return gates.greedy_text(open_dense, expected, tolerances, Gate.greedy_runtimes)
+
+        runs[Gate.runtimes] = lambda: gates.runtimes(open_dense, onnxruntime.open_dense, scenario, tolerances)
+        runs[Gate.greedy_runtimes] = greedy_runtimes
+    return runs
+
+
+def _skipped(gate: Gate, reason: str) -> GateResult:
+    return GateResult(gate=gate, outcome="skipped", measured="-", bound="-", detail=reason)
 
 
 def _outcome(gate: Gate, run: Callable[[], GateResult]) -> GateResult:
@@ -136,11 +153,3 @@ def _outcome(gate: Gate, run: Callable[[], GateResult]) -> GateResult:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return GateResult(gate=gate, outcome="failed", measured="did not run", bound="-", detail=reason[:200])
-
-
-def _selections(graph: EngineGraph, calls: list[OperatorCall], manifest: Manifest) -> GateResult:
-    if manifest.attention is AttentionKind.dense:
-        return GateResult(
-            gate=Gate.selections, outcome="skipped", measured="-", bound="-", detail="a dense engine selects nothing"
-        )
-    return gates.selections(graph, calls, gates.TOLERANCES[manifest.dtype])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from socket_trt.config import Selection, SocketConfig, attended_budget, code_bits
-from socket_trt.native import load_library, native_attention, params_of
+from socket_trt.native import SelectionView, load_library, native_attention, params_of
 from socket_trt.planes import draw_planes
 from socket_trt.reference import attend, collision_scores, decode_set, gather_sequence, socket_attention, unpack_codes
 from socket_trt.reference.operator import Sequence, append
@@ -115,16 +115,21 @@ def run(step: Step, in_place: bool = False) -> Call:
     output = torch.full_like(step.query, float("nan"))
     results = native_attention(*step.inputs, step.attributes, in_place=in_place, output=output, workspace=workspace)
     torch.cuda.synchronize()
-    view = library.selection_view(params)
+    slots = slots_in(workspace, library.selection_view(params))
+    return Call(output, results[1:], slots, step.query.shape[2] <= step.page_table.shape[0])
+
+
+def slots_in(workspace: Tensor, view: SelectionView) -> dict[int, list[Tensor]]:
+    """`Call.slots` from the bytes of the workspace that a call has left."""
     slots = {}
     if view.heads:
         shape = (view.items, view.heads)
-        counts = workspace[view.counts_offset :][: 16 * view.items * view.heads].view(torch.int32).view(*shape, 4)
+        counts = workspace[view.counts_offset :][: 4 * view.items * view.heads].view(torch.int32).view(*shape)
         lists = workspace[view.slots_offset :][: 4 * view.items * view.heads * view.list_stride].view(torch.int32)
         lists = lists.view(*shape, view.list_stride)
         for item in range(view.items):
-            slots[item] = [lists[item, head, : max(0, int(counts[item, head, 0]))] for head in range(view.heads)]
-    return Call(output, results[1:], slots, step.query.shape[2] <= step.page_table.shape[0])
+            slots[item] = [lists[item, head, : max(0, int(counts[item, head]))] for head in range(view.heads)]
+    return slots
 
 
 def positions_of(slots: Tensor, pages: Tensor, page_size: int) -> Tensor:

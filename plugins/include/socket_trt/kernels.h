@@ -23,7 +23,7 @@ extern "C" {
 #endif
 
 /* Raised whenever the structure below or a function changes its meaning. */
-#define SOCKET_TRT_ABI_VERSION 1
+#define SOCKET_TRT_ABI_VERSION 2
 
 typedef enum SocketTrtStatus {
     SOCKET_TRT_SUCCESS = 0,
@@ -112,8 +112,8 @@ SOCKET_TRT_API int32_t SocketTrtAttentionWorkspace(const SocketTrtAttentionParam
 
 /* Where a call leaves the lists of attended cache slots in its workspace: for tests and for measuring selections. */
 typedef struct SocketTrtSelectionView {
-    uint64_t slots_offset;  /* int32 [items, heads, list_stride]: page * page_size + place in the page, unordered */
-    uint64_t counts_offset; /* uint32 [items, heads, 4]: the first is the number of slots */
+    uint64_t slots_offset;  /* int32 [items, heads, list_stride]: page * page_size + place in the page, by position */
+    uint64_t counts_offset; /* uint32 [items, heads]: the number of slots */
     int32_t items;          /* N where N <= B, and an item is a token; else B, and an item is a sequence */
     int32_t heads;          /* Hq, or Hkv with SOCKET_TRT_KV_HEAD; 0: no sequence can be attended sparsely */
     int32_t list_stride;

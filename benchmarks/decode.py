@@ -1,0 +1,126 @@
+"""Decode speed of Llama-3-8B's shapes on TensorRT, SOCKET against dense attention: table, JSON and plot.
+
+    python -m benchmarks.decode --output benchmarks/results
+
+Random weights, random caches (`socket_trt.benchmark`), nothing downloaded: the graphs are exported once into --engines,
+and their plans built for this GPU.  A machine without PyTorch takes engine directories exported elsewhere in the same
+place; reports measured elsewhere (`socket-trt bench --output`) are put together with --reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from socket_trt.benchmark import BenchOptions, BenchReport, Case, plot, run_benchmark
+from socket_trt.cli.console import RichProgress
+from socket_trt.config import SocketConfig
+from socket_trt.engine.compile import compile_engine
+from socket_trt.engine.manifest import MANIFEST_FILE, EngineDirectory
+
+KEPT = 30  # per mille
+LLAMA3_8B: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "head_dim": 128,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 1 << 20, "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5, "bos_token_id": 128000, "eos_token_id": 128001, "tie_word_embeddings": False,
+}  # fmt: skip
+
+# Engines: layers, the method's parameters, limits, and what is timed.  The one-layer case is the one that the method's
+# authors published.
+ENGINES: dict[str, dict[str, Any]] = {
+    "llama3-8b": {
+        "layers": 32,
+        "socket": SocketConfig(budget_permille=KEPT),
+        "max_batch_size": 4,
+        "max_seq_len": 512 << 10,
+        "options": BenchOptions(
+            [Case(1, 128 << 10), Case(4, 128 << 10), Case(1, 512 << 10)], prefill=8192, random_weights=True
+        ),
+    },
+    "llama3-8b-1layer": {
+        "layers": 1,
+        "socket": SocketConfig(budget_permille=KEPT, planes=10, temperature=0.4),
+        "max_batch_size": 1,
+        "max_seq_len": 144 << 10,
+        "options": BenchOptions([Case(1, 18 << 10), Case(1, 140 << 10)], steps=200, random_weights=True),
+    },
+}
+
+
+def export(name: str, directory: Path) -> None:
+    """The graph of one of `ENGINES`; needs PyTorch."""
+    from socket_trt.engine.build import BuildOptions, build_engine
+    from socket_trt.models.checkpoint import resolve_model
+
+    wanted = ENGINES[name]
+    with tempfile.TemporaryDirectory() as scratch:
+        model = Path(scratch) / name
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps(LLAMA3_8B | {"num_hidden_layers": wanted["layers"]}))
+        options = BuildOptions(
+            wanted["socket"],
+            backend="tensorrt",
+            dtype="float16",
+            max_batch_size=wanted["max_batch_size"],
+            max_seq_len=wanted["max_seq_len"],
+            graph_only=True,
+        )
+        build_engine(resolve_model(str(model), random_weights=True), directory, options, RichProgress())
+
+
+def measure(name: str, directory: Path) -> BenchReport:
+    if not (directory / MANIFEST_FILE).is_file():
+        export(name, directory)
+    compile_engine(EngineDirectory.open(directory), RichProgress())
+    return run_benchmark(EngineDirectory.open(directory), ENGINES[name]["options"], RichProgress())
+
+
+def table(reports: list[BenchReport]) -> str:
+    """The reports in Markdown."""
+    first = reports[0]
+    lines = [
+        f"# Decode steps on {first.gpu}, TensorRT {first.tensorrt}\n",
+        "Written by `python -m benchmarks.decode`; random weights, caches of random keys and values.\n",
+        "| model | batch | tokens | attention | ms a step | on the GPU | tokens/s | against dense |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for report in reports:
+        model = f"{report.model}, R = {report.parameters['planes']}"
+        for result in report.decode:
+            speedup = report.speedup(result)
+            lines.append(
+                f"| {model} | {result.batch} | {result.context} | {result.attention} | {result.step_ms:.3f} | "
+                f"{result.gpu_ms:.3f} | {result.tokens_per_second:.1f} | {f'{speedup:.2f}x' if speedup else ''} |"
+            )
+    lines += [
+        f"\nPrefill, {report.model}, {entry['attention']}: {entry['tokens_per_second']:.0f} tokens/s"
+        for report in reports
+        for entry in report.prefill
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--engines", type=Path, default=Path("build/benchmark"), help="engine directories")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder for table, JSON, plot")
+    parser.add_argument("--reports", type=Path, nargs="*", help="put these reports together instead of measuring")
+    arguments = parser.parse_args()
+    if arguments.reports:
+        reports = [BenchReport.from_dict(json.loads(path.read_text())) for path in arguments.reports]
+    else:
+        reports = [measure(name, arguments.engines / name) for name in ENGINES]
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    stem = f"decode-{reports[0].gpu.removeprefix('NVIDIA ').lower().replace(' ', '-')}"
+    fields = [report.as_dict() for report in reports]
+    (arguments.output / f"{stem}.json").write_text(json.dumps(fields, indent=2) + "\n")
+    (arguments.output / f"{stem}.md").write_text(table(reports))
+    plot(reports, arguments.output / f"{stem}.png")
+    print(table(reports))
+
+
+if __name__ == "__main__":
+    main()

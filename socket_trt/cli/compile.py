@@ -1,0 +1,36 @@
+"""`socket-trt compile`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from socket_trt.cli.build import plan_text
+from socket_trt.cli.console import RichProgress, out, table
+from socket_trt.engine.manifest import EngineDirectory
+from socket_trt.engine.profiles import DEFAULT_MAX_STEP_TOKENS
+from socket_trt.errors import MissingDependencyError
+
+
+def compile_(
+    directory: Annotated[Path, typer.Argument(help="Engine directory, built with --backend tensorrt.")],
+    max_step_tokens: Annotated[
+        int, typer.Option(help="Tokens a step may have at most: the size of a prefill chunk.")
+    ] = DEFAULT_MAX_STEP_TOKENS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+) -> None:
+    """Build TensorRT's plan of an engine directory for the GPU of this machine; needs no PyTorch."""
+    engine = EngineDirectory.open(directory)
+    try:
+        from socket_trt.engine.compile import compile_engine
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            f"compiling needs the package '{error.name}': pip install 'socket-trt[tensorrt]'"
+        ) from None
+    manifest = compile_engine(engine, RichProgress(), max_step_tokens)
+    if as_json:
+        out.print_json(manifest.model_dump_json())
+    else:
+        out.print(table(f"Compiled {directory}", ("", ""), [("plan", plan_text(manifest))]))

@@ -1,0 +1,168 @@
+"""`engine.plan`: an engine directory's graph built by TensorRT for the GPU of this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from socket_trt import names
+from socket_trt.engine.manifest import PLAN_FILE, EngineDirectory, Manifest, PlanRecord, TensorRecord
+from socket_trt.engine.plan import build_plan, default_timing_cache
+from socket_trt.engine.profiles import (
+    DEFAULT_MAX_STEP_TOKENS,
+    Profile,
+    check_max_step_tokens,
+    engine_profiles,
+    pool_pages,
+)
+from socket_trt.errors import ConfigError, EngineError
+from socket_trt.onnx.network import NetworkGraph, embedded_graph, network_graph
+from socket_trt.progress import Advance, Progress
+
+if TYPE_CHECKING:
+    from socket_trt.engine.tensorrt import TensorRT
+
+NETWORK_FILE = "network.onnx"
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A plan and what it was built with."""
+
+    plan: bytes
+    record: PlanRecord
+
+
+def compile_engine(
+    engine: EngineDirectory, progress: Progress, max_step_tokens: int = DEFAULT_MAX_STEP_TOKENS
+) -> Manifest:
+    """Write `engine.plan` and `network.onnx`, the graph it was built from, and note both in the manifest.
+
+    Raises EngineError where TensorRT refuses the graph, MissingDependencyError where there is no TensorRT.
+    """
+    if engine.manifest.backend != "tensorrt":
+        raise ConfigError(f"{engine.path}: built for ONNX Runtime; build it with --backend tensorrt")
+    engine.check_graph()
+    from socket_trt.engine.tensorrt import open_tensorrt
+
+    tensorrt = open_tensorrt()
+    compiled = compile_graph(engine, tensorrt, progress, max_step_tokens=max_step_tokens)
+    _replace(engine.path / NETWORK_FILE, load_network(engine, tensorrt.major).serialize())
+    _replace(engine.path / PLAN_FILE, compiled.plan)
+    engine.write(engine.manifest.model_copy(update={"plan": compiled.record}))
+    return engine.manifest
+
+
+def compile_graph(
+    engine: EngineDirectory,
+    tensorrt: TensorRT,
+    progress: Progress,
+    *,
+    attributes: Mapping[str, int] | None = None,
+    max_step_tokens: int = DEFAULT_MAX_STEP_TOKENS,
+) -> Compiled:
+    """Build a plan of the engine's graph, with these `attributes` of every operator in place of its own."""
+    manifest = engine.manifest
+    check_plannable(engine, tensorrt.major)
+    check_max_step_tokens(max_step_tokens, manifest.max_batch_size)
+    max_pages = pool_pages(manifest)
+    begin = time.perf_counter()
+    network = load_network(engine, tensorrt.major, attributes)
+    changed = ", ".join(f"{name}={value}" for name, value in (attributes or {}).items())
+    with progress.task(f"Building the TensorRT plan{f' with {changed}' if changed else ''}", 1000) as advance:
+        plan = build_plan(
+            tensorrt.module,
+            tensorrt.logger,
+            network,
+            manifest.graph.inputs,
+            engine_profiles(manifest, max_step_tokens, max_pages),
+            graph_path=engine.graph if manifest.weights.mode == "embedded" else None,
+            timing_cache=default_timing_cache(tensorrt.module, tensorrt.gpu.name),
+            watch=_Watcher(advance),
+        )
+    record = PlanRecord(
+        file=PLAN_FILE,
+        sha256=hashlib.sha256(plan).hexdigest(),
+        tensorrt=tensorrt.version,
+        gpu=tensorrt.gpu.name,
+        compute_capability=tensorrt.gpu.compute_capability,
+        plugin=tensorrt.plugin.path.name,
+        plugin_release=tensorrt.plugin.release,
+        plugin_sha256=tensorrt.plugin.sha256,
+        max_step_tokens=max_step_tokens,
+        max_pages=max_pages,
+        build_seconds=round(time.perf_counter() - begin, 2),
+    )
+    return Compiled(plan, record)
+
+
+def load_network(engine: EngineDirectory, major: int, attributes: Mapping[str, int] | None = None) -> NetworkGraph:
+    """The graph for the parser of this major version of TensorRT; `attributes`: see `compile_graph`."""
+    model = ir.load(engine.graph)
+    for node in model.graph:
+        if (node.domain, node.op_type) == (names.DOMAIN, names.OPERATOR):
+            for name, value in (attributes or {}).items():
+                node.attributes[name] = ir.AttrInt64(name, value)
+    prepare = embedded_graph if engine.manifest.weights.mode == "embedded" else network_graph
+    return prepare(model, opset17=major < 10)
+
+
+def check_plannable(engine: EngineDirectory, major: int) -> None:
+    """Raise ConfigError for what TensorRT of this major version cannot compute."""
+    manifest = engine.manifest
+    if manifest.dtype == "float32":
+        raise ConfigError(
+            f"{engine.path}: float32; the plugin computes in float16 or bfloat16: build with --dtype float16"
+        )
+    if major < 10 and manifest.dtype == "bfloat16":
+        raise ConfigError(f"{engine.path}: bfloat16, which TensorRT 8.6 does not know: build with --dtype float16")
+    if major < 10 and manifest.weights.mode == "embedded":
+        stored = {record.dtype for record in _embedded_types(engine)}
+        if "bfloat16" in stored:
+            raise ConfigError(
+                f"{engine.path}: embeds bfloat16 weights, which TensorRT 8.6 does not know: build with --weights external"
+            )
+
+
+def _embedded_types(engine: EngineDirectory) -> list[TensorRecord]:
+    model = ir.load(engine.graph)
+    return [
+        TensorRecord(name=name, dtype=value.const_value.dtype.name.lower(), shape=[])
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None
+    ]
+
+
+class _Watcher:
+    """The builder's phases as one bar of 1000: the outermost phase counts, the others are within it."""
+
+    def __init__(self, advance: Advance) -> None:
+        self._advance, self._outermost, self._shown = advance, "", 0
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        self._outermost = self._outermost or phase
+        if phase == self._outermost and total:
+            reached = 1000 * done // total
+            self._advance(max(0, reached - self._shown))
+            self._shown = max(self._shown, reached)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise EngineError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def plan_profiles(manifest: Manifest, record: PlanRecord) -> list[Profile]:
+    """The profiles that a recorded plan was built with, in order."""
+    return engine_profiles(manifest, record.max_step_tokens, record.max_pages)

@@ -1,0 +1,139 @@
+"""From an engine directory's graph to the one that TensorRT parses.
+
+The function body goes (versions of TensorRT's parser differ on whether a plugin or a body wins), and external weights
+become inputs, so that the builder has nothing to fold and one plan runs any checkpoint of the same shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx_ir as ir
+
+from socket_trt.onnx.opset17 import lower_to_opset17
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkGraph:
+    """A graph for TensorRT's parser.
+
+    weights     inputs that hold weights, by name; in the model's dtype whatever the checkpoint's is
+    transposed  values that are a weight with its last two axes swapped: operands of a matrix product
+    float32     values that are float32 although the model's dtype is narrower
+    float16     values that are float16
+    """
+
+    model: ir.Model
+    weights: tuple[str, ...]
+    transposed: tuple[str, ...]
+    float32: frozenset[str]
+    float16: frozenset[str]
+
+    def serialize(self) -> bytes:
+        return bytes(ir.to_proto(self.model).SerializeToString())
+
+
+def network_graph(model: ir.Model, opset17: bool = False) -> NetworkGraph:
+    """Prepare `model`, which is changed in place.  `opset17`: for a parser that knows no later one (TensorRT 8.6).
+
+    External initializers become inputs; a cast from the checkpoint's dtype behind one goes.  A weight that is, transposed,
+    the right operand of a matrix product gets a leading axis of one, the rank of what it is multiplied with: TensorRT
+    then needs no reshape between them.
+    """
+    model.functions.clear()
+    if opset17 and model.graph.opset_imports[""] > 17:
+        lower_to_opset17(model)
+    _square_by_product(model.graph)
+    weights = _weights_to_inputs(model.graph)
+    transposed = [name for weight in weights for name in _lead_with_one(model.graph, weight)]
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    return NetworkGraph(
+        model,
+        tuple(str(value.name) for value in weights),
+        tuple(transposed),
+        frozenset(str(v.name) for v in values if v.dtype == ir.DataType.FLOAT),
+        frozenset(str(v.name) for v in values if v.dtype == ir.DataType.FLOAT16),
+    )
+
+
+def embedded_graph(model: ir.Model, opset17: bool = False) -> NetworkGraph:
+    """`network_graph` for weights that stay initializers, which the parser reads from beside the graph."""
+    kept = {}
+    for name, value in list(model.graph.initializers.items()):
+        if isinstance(value.const_value, ir.ExternalTensor):
+            kept[name] = value.const_value
+            value.const_value = None
+    graph = network_graph(model, opset17)
+    for name, tensor in kept.items():
+        model.graph.initializers[name].const_value = tensor
+    return graph
+
+
+def _square_by_product(graph: ir.Graph) -> None:
+    """x^2 as x * x: exact for negative x on every backend, and cheaper."""
+    for node in list(graph):
+        if node.op_type != "Pow" or node.domain not in ("", "ai.onnx"):
+            continue
+        base, exponent = node.inputs
+        constant = ir.convenience.get_const_tensor(exponent) if exponent is not None else None
+        if base is None or constant is None or constant.size != 1 or constant.numpy().item() != 2:
+            continue
+        product = ir.node("Mul", [base, base], name=node.name)
+        old, new = node.outputs[0], product.outputs[0]
+        new.name, new.type, new.shape = old.name, old.type, old.shape
+        graph.insert_after(node, product)
+        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+
+
+def _weights_to_inputs(graph: ir.Graph) -> list[ir.Value]:
+    weights = []
+    for name, value in list(graph.initializers.items()):
+        if not isinstance(value.const_value, ir.ExternalTensor):
+            continue
+        users = [user for user, _ in value.uses()]
+        if len(users) == 1 and users[0].name == f"{name}/cast":
+            (cast,) = users
+            value.type = cast.outputs[0].type
+            ir.convenience.replace_all_uses_with(cast.outputs[0], value)
+            graph.remove(cast, safe=True)
+        value.const_value = None
+        del graph.initializers[name]
+        graph.inputs.append(value)
+        weights.append(value)
+    return weights
+
+
+def _lead_with_one(graph: ir.Graph, weight: ir.Value) -> list[str]:
+    """Names of the products' operands behind `weight`: the weight as [1, rows, columns], with the last two swapped."""
+    if weight.shape is None or len(weight.shape) != 2:
+        return []
+    users = [user for user, _ in weight.uses()]
+    transposes = [node for node in users if node.op_type == "Transpose" and _is_right_operand(node.outputs[0])]
+    if not transposes:
+        return []
+    wide = weight
+    if len(transposes) < len(users):  # a tied embedding is looked up in as well
+        wide = _unsqueeze(graph, weight)
+    wide.shape = ir.Shape([1, *weight.shape])
+    for node in transposes:
+        node.replace_input_with(0, wide)
+        node.attributes["perm"] = ir.AttrInt64s("perm", [0, 2, 1])
+        shape = node.outputs[0].shape
+        node.outputs[0].shape = ir.Shape([1, *shape]) if shape is not None else None
+    return [str(node.outputs[0].name) for node in transposes]
+
+
+def _is_right_operand(value: ir.Value) -> bool:
+    return bool(value.uses()) and all(user.op_type == "MatMul" and index == 1 for user, index in value.uses())
+
+
+def _unsqueeze(graph: ir.Graph, weight: ir.Value) -> ir.Value:
+    """`weight` with a leading axis of one, in a node before all others."""
+    name = f"{weight.name}/wide"
+    axes = ir.Value(name=f"{name}/axes", const_value=ir.tensor([0], dtype=ir.DataType.INT64, name=f"{name}/axes"))
+    graph.register_initializer(axes)
+    node = ir.node("Unsqueeze", [weight, axes], name=name)
+    node.outputs[0].name, node.outputs[0].type = name, weight.type
+    graph.insert_before(graph[0], node)
+    return node.outputs[0]

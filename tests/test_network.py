@@ -1,0 +1,133 @@
+"""The graph for TensorRT's parser: computes what the engine's graph computes, with weights as inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from socket_trt import names
+from socket_trt.config import SocketConfig
+from socket_trt.engine.build import BuildOptions, build_engine
+from socket_trt.engine.compile import load_network
+from socket_trt.engine.manifest import EngineDirectory
+from socket_trt.models.checkpoint import resolve_model
+from socket_trt.onnx.function import function_body
+from socket_trt.onnx.network import NetworkGraph, network_graph
+from socket_trt.progress import Silent
+from socket_trt.runtime.device_weights import convert
+from socket_trt.runtime.onnxruntime_session import OnnxRuntimeSession, session_options
+from socket_trt.runtime.session import StepBatch
+from socket_trt.validation.scenario import make_scenario
+from socket_trt.weights import map_tensor
+from tests.engines import tiny_engine
+from tests.families import save_checkpoint
+
+SOCKET = SocketConfig(sink=8, window=8, budget_tokens=0, budget_permille=100, page_size=16)
+
+
+def family_engine(name: str, directory: Path, dtype: torch.dtype) -> EngineDirectory:
+    checkpoint = save_checkpoint(name, directory / "checkpoint", dtype=dtype)
+    options = BuildOptions(SOCKET, dtype="float16", backend="tensorrt", max_seq_len=256)
+    build_engine(resolve_model(str(checkpoint)), directory / "engine", options, Silent())
+    return EngineDirectory.open(directory / "engine")
+
+
+def run(engine: EngineDirectory, graph: NetworkGraph, step: StepBatch, num_pages: int) -> np.ndarray:
+    """Logits of the network on ONNX Runtime, with the function body put back."""
+    model = ir.to_proto(graph.model)
+    assert not model.functions
+    model.functions.append(function_body(model.opset_import[0].version))
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), session_options(), providers=["CPUExecutionProvider"]
+    )
+    feeds = {name: getattr(step, name) for name in names.STEP_INPUTS}
+    shapes = engine.manifest.cache_shapes(num_pages)
+    for layer in range(engine.manifest.model.layers):
+        for kind in names.CACHE_KINDS:
+            feeds[names.past(layer, kind)] = np.zeros(shapes[kind], np.int32 if kind == "code" else np.float16)
+    declared = {i.name: i.shape for i in session.get_inputs()}
+    for name in graph.weights:
+        location = engine.manifest.weights.tensors[name]
+        source = map_tensor(engine.weights_directory, location)
+        target = np.empty(source.size, np.uint16)
+        convert(source.reshape(-1), location.dtype, "float16", target)
+        feeds[name] = target.view(np.float16).reshape(declared[name])
+    return session.run([names.LOGITS], feeds)[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "stored", "opset17"),
+    [("llama3.2", torch.bfloat16, True), ("gemma2", torch.float16, True), ("qwen2", torch.float16, False)],
+)
+def test_the_network_computes_what_the_graph_computes(
+    family: str, stored: torch.dtype, opset17: bool, tmp_path: Path
+) -> None:
+    engine = family_engine(family, tmp_path, stored)
+    graph = load_network(engine, 8 if opset17 else 10)
+    assert graph.model.graph.opset_imports[""] == (17 if opset17 else 18)
+    assert set(graph.weights) == set(engine.manifest.weights.tensors)
+    assert not any(isinstance(v.const_value, ir.ExternalTensor) for v in graph.model.graph.initializers.values())
+    products = [node for node in graph.model.graph if node.op_type == "MatMul"]
+    assert {product.inputs[1].name for product in products} == set(graph.transposed)
+    scenario = make_scenario(engine.manifest)
+    expected = OnnxRuntimeSession(engine, scenario.num_pages).step(scenario.steps[0])
+    found = run(engine, graph, scenario.steps[0], scenario.num_pages)
+    np.testing.assert_allclose(found, expected, atol=1e-2)
+
+
+def test_every_projection_is_a_transposed_weight_with_a_leading_one() -> None:
+    engine = EngineDirectory.open(tiny_engine("float16"))
+    graph = load_network(engine, 10)
+    producers = {value.name: node for node in graph.model.graph for value in node.outputs}
+    products = [node for node in graph.model.graph if node.op_type == "MatMul"]
+    assert len(graph.transposed) == len(products) == 2 * 7 + 1
+    for product in products:
+        transpose = producers[product.inputs[1].name]
+        assert transpose.outputs[0].name in graph.transposed
+        assert list(transpose.attributes["perm"].as_ints()) == [0, 2, 1]
+        weight = transpose.inputs[0]
+        assert weight.name in graph.weights
+        assert list(weight.shape) == [1, *engine.manifest.weights.tensors[weight.name].shape]
+
+
+def test_types_tell_what_is_float32_in_a_float16_graph() -> None:
+    graph = load_network(EngineDirectory.open(tiny_engine("float16")), 8)
+    kinds = {node.op_type for node in graph.model.graph if node.outputs[0].name in graph.float32}
+    assert kinds == {"Cast", "Mul", "Concat", "Cos", "Sin", "ReduceMean", "Add", "Sqrt", "Reciprocal"}
+    assert names.LOGITS in graph.float32
+    assert names.past(0, "key") in graph.float16
+    assert "model.norm.weight" in graph.float16
+    assert not graph.float32 & graph.float16
+
+
+def test_attributes_can_be_changed() -> None:
+    engine = EngineDirectory.open(tiny_engine("float16"))
+    nodes = [n for n in load_network(engine, 8, {"min_length": 77}).model.graph if n.op_type == names.OPERATOR]
+    assert [node.attributes["min_length"].as_int() for node in nodes] == [77, 77]
+    nodes = [n for n in load_network(engine, 8).model.graph if n.op_type == names.OPERATOR]
+    assert [node.attributes["min_length"].as_int() for node in nodes] == [0, 0]
+
+
+def small(exponent: float) -> ir.Model:
+    node = helper.make_node("Pow", ["x", "e"], ["y"], name="power")
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [3])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [3])]
+    constant = numpy_helper.from_array(np.array(exponent, np.float32), "e")
+    graph = helper.make_graph([node], "g", inputs, outputs, [constant])
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8))
+
+
+@pytest.mark.parametrize(("exponent", "kind"), [(2.0, "Mul"), (3.0, "Pow")])
+def test_squares_become_products(exponent: float, kind: str) -> None:
+    graph = network_graph(small(exponent))
+    (node,) = graph.model.graph
+    assert node.op_type == kind
+    session = onnxruntime.InferenceSession(graph.serialize(), providers=["CPUExecutionProvider"])
+    x = np.array([-1.5, 0.0, 3.0], np.float32)
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], x**exponent)
