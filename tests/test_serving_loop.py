@@ -163,7 +163,7 @@ def test_a_cancelled_request_gives_its_pages_back_before_the_next_step() -> None
         leaving = harness.submit(request("leaves", max_tokens=40, ignore_eos=True))
         wait_for_rows(session, 2)
         leaving.gone = True
-        time.sleep(0.2)  # for the delivery to see it, beside the step
+        wait_until(lambda: leaving in harness.loop._gone)  # the delivery sees it beside the step
         session.gate.release()
         session.wait_for_step()
         assert leaving.wait().error == (ErrorCode.cancelled, "cancelled by the client")
@@ -192,7 +192,7 @@ def test_a_waiting_request_can_be_cancelled() -> None:
         waiting = harness.submit(request("waits"))
         wait_for_rows(session, 4)
         waiting.gone = True
-        time.sleep(0.2)  # for the delivery to see it, beside the step
+        wait_until(lambda: waiting in harness.loop._gone)  # the delivery sees it beside the step
         session.gated = False
         session.gate.release()
         assert waiting.wait().error is not None
@@ -416,7 +416,7 @@ def test_a_client_that_cannot_be_reached_is_let_go() -> None:
         session.gate.release()
         session.wait_for_step()
         session.wait_for_step()  # the second begins: the first one's token is on its way
-        time.sleep(0.2)
+        wait_until(lambda: client in harness.loop._gone)
         session.gated = False
         session.gate.release()
         wait_until(lambda: harness.metrics.outcomes["cancelled"] == 1)
