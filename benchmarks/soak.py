@@ -41,6 +41,7 @@ SAMPLE_SECONDS = 1.0
 # Memory grows while allocators and pools reach their size; afterwards the rest of the run is compared with itself.
 SETTLING = 0.4
 ALLOWED_GROWTH = 0.02
+ALLOWED_BYTES = 2 << 20  # below which a fraction says nothing
 
 
 @dataclasses.dataclass
@@ -256,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
         soak.tally.blame(f"the server ended with {exit_status}")
     memory = {process: growth(soak.memory, process) for process in PROCESSES}
     for process, (before, after, grown) in memory.items():
-        if grown > parsed.allowed_growth:
+        if after - before > max(parsed.allowed_growth * before, ALLOWED_BYTES):
             soak.tally.blame(f"{process}: memory grew from {human_bytes(before)} to {human_bytes(after)}")
     # Without a GPU Triton complains of its driver.
     errors = [line for line in log if re.match(r"E\d{4} ", line) and "CudaDriverHelper" not in line]

@@ -254,8 +254,12 @@ class Counters:
             outcomes = [value for name, value in counted.items() if name.startswith("requests_total")]
             return counted["requests_received_total"] == received == sum(outcomes)
 
+        def idle() -> bool:
+            now = self._read()
+            return now["pages_in_use"] == now["running_requests"] == now["waiting_requests"] == 0
+
         wait_until(ended)
-        assert self._read()["pages_in_use"] == self._read()["running_requests"] == self._read()["waiting_requests"] == 0
+        wait_until(idle)  # gauges follow within a moment
         return since()
 
 
