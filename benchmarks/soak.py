@@ -256,7 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
     if exit_status not in (0, 1):
         soak.tally.blame(f"the server ended with {exit_status}")
     memory = {process: growth(soak.memory, process) for process in PROCESSES}
-    for process, (before, after, grown) in memory.items():
+    for process, (before, after, _) in memory.items():
         if after - before > max(parsed.allowed_growth * before, ALLOWED_BYTES):
             soak.tally.blame(f"{process}: memory grew from {human_bytes(before)} to {human_bytes(after)}")
     # Without a GPU Triton complains of its driver.
