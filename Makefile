@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml | cksum | cut -d' ' -f1)
 DEMO := build/demo
 
-.PHONY: setup demo native tensorrt-lean test lint typecheck format clean
+.PHONY: setup demo native tensorrt-lean serving test lint typecheck format clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,16 @@ native: setup
 		echo "WARNING: nvcc is not on PATH: the native library is NOT built, its tests will be skipped" >&2; \
 	fi
 
+# tritonserver and the Python of its stubs, which needs an older NumPy than the rest.
+SERVING := build/serving
+SERVING_STAMP := $(SERVING)/.installed-$(shell cat serving/requirements.txt | cksum | cut -d' ' -f1)
+serving: $(SERVING_STAMP)
+
+$(SERVING_STAMP):
+	$(PYTHON) -m venv --clear $(SERVING)
+	$(SERVING)/bin/python -m pip install --quiet --no-deps --requirement serving/requirements.txt
+	touch $@
+
 # Runtimes of TensorRT whose registries load the plugins on a machine without a GPU.  Two versions cannot live in one
 # environment; pinned, because a test names what the registry of each version was seen to do.
 TENSORRT_LEAN := build/tensorrt-lean/10.16.1.11 build/tensorrt-lean/11.4.0.106
@@ -47,7 +57,7 @@ $(TENSORRT_LEAN): | setup
 		tensorrt-lean-cu13-libs==$(@F) tensorrt-lean-cu13-bindings==$(@F) && mv $@.part $@ || \
 		echo "WARNING: TensorRT's lean runtime $(@F) is NOT installed, tests of its registry will be skipped" >&2
 
-test: setup lint typecheck native tensorrt-lean
+test: setup lint typecheck native tensorrt-lean serving
 	$(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 lint: setup

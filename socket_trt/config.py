@@ -124,8 +124,7 @@ class SocketConfig(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg']} (got {p['input']!r})" for p in error.errors()]
-            raise ConfigError("; ".join(problems)) from None
+            raise config_error(error) from None
 
     @property
     def code_bits(self) -> int:
@@ -195,3 +194,16 @@ def parse_budget(text: str) -> dict[str, int]:
         seen.add(name)
         fields[name] = value
     return fields
+
+
+def config_error(error: ValidationError) -> ConfigError:
+    """What pydantic found wrong, on one line."""
+    problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg']} (got {p['input']!r})" for p in error.errors()]
+    return ConfigError("; ".join(problems))
+
+
+def parse_numbers(option: str, text: str) -> list[int]:
+    """Integers from 0 on, separated by commas, as a list.  Raises ConfigError, which names `option`, for anything else."""
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise ConfigError(f"{option} {text}: give numbers separated by commas, such as 0,1")
+    return [int(part) for part in text.split(",")]

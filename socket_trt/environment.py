@@ -78,6 +78,7 @@ def survey() -> list[Part]:
         Part("plugin library", str(library) if library else None, "SocketAttention in TensorRT engines"),
         Part("nvcc", nvcc(), "building the CUDA kernels and the plugin"),
         Part("triton", package_version("triton"), "compiling the Triton kernels"),
+        Part("tritonclient", package_version("tritonclient"), "deploy"),
         Part("tritonserver", shutil.which("tritonserver"), "serving engines"),
         Part("onnxruntime", package_version("onnxruntime"), "running engines on the CPU"),
         Part("torch", package_version("torch"), "build, validate"),

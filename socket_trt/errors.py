@@ -29,6 +29,10 @@ class EngineError(SocketTrtError):
     """An engine directory that cannot be written, read or run."""
 
 
+class DeployError(SocketTrtError):
+    """An entry of a model repository that cannot be written."""
+
+
 class RequestError(SocketTrtError):
     """A generation request that cannot be served as it stands."""
 

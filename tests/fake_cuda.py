@@ -20,9 +20,15 @@ class FakeDriver:
     """Stands in for `cuda.bindings.driver`; attributes that are not here are the real module's (enums)."""
 
     def __init__(
-        self, total: int = 8 << 30, name: str = "Fake GPU", compute_capability: tuple[int, int] = (9, 0)
+        self,
+        total: int = 8 << 30,
+        name: str = "Fake GPU",
+        compute_capability: tuple[int, int] = (9, 0),
+        devices: int = 1,
     ) -> None:
-        """`total`: bytes of memory, of which allocations are taken."""
+        """`total`: bytes of memory, of which allocations are taken; `devices`: GPUs, whose contexts are 100, 101, ..."""
+        self.devices = devices
+        self.current: int | None = None
         self.total = total
         self.name = name
         self.compute_capability = compute_capability
@@ -141,12 +147,25 @@ class FakeDriver:
     def cuDeviceGetName(self, length: int, device: int) -> tuple[Any, ...]:  # noqa: N802
         return *OK, self.name.encode().ljust(length, b"\0")
 
+    def cuDeviceGetCount(self) -> tuple[Any, ...]:  # noqa: N802
+        return *OK, self.devices
+
+    def cuDeviceGet(self, ordinal: int) -> tuple[Any, ...]:  # noqa: N802
+        return *OK, ordinal
+
+    def cuDevicePrimaryCtxRetain(self, device: int) -> tuple[Any, ...]:  # noqa: N802
+        return *OK, 100 + device
+
+    def cuCtxSetCurrent(self, context: int) -> tuple[Any, ...]:  # noqa: N802
+        self.current = context
+        return OK
+
     def _nothing(self, *arguments: Any) -> tuple[Any, ...]:
         return OK
 
     def _one(self, *arguments: Any) -> tuple[Any, ...]:
         return *OK, 1
 
-    cuInit = cuCtxSetCurrent = cuCtxSynchronize = cuStreamSynchronize = _nothing  # noqa: N815
+    cuInit = cuCtxSynchronize = cuStreamSynchronize = _nothing  # noqa: N815
     cuEventRecord = cuEventSynchronize = cuEventDestroy = _nothing  # noqa: N815
-    cuDeviceGetCount = cuDeviceGet = cuDevicePrimaryCtxRetain = cuEventCreate = _one  # noqa: N815
+    cuEventCreate = _one  # noqa: N815

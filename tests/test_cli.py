@@ -166,6 +166,11 @@ def test_inspect_says_what_is_wrong(run: Run, engine: Path) -> None:
     assert "none; run" in fields["validation"]
     parameters = 260 * 128 * 2 + 2 * (128 * 256 * 2 + 128 * 128 * 2 + 3 * 128 * 256 + 2 * 128) + 128
     assert fields["memory"]["weights_bytes"] == 4 * parameters
+    assert list(fields["capacity"]["tokens_by_batch"]) == ["1", "8", "64"]
+    assert "4.0 GiB hold" in run("inspect", engine, "--memory", "4").out
+    assert "not even the weights" in run("inspect", engine, "--memory", "0.001").out
+    assert_one_line_error(run("inspect", engine, "--batch", "0"), "at least one sequence")
+    assert_one_line_error(run("inspect", engine, "--batch", "x"), "give numbers separated by commas")
     (engine / "checkpoint" / "model.safetensors").unlink()
     assert "missing" in json.loads(run("inspect", engine, "--json").out)["state"]
     (engine / "validation.json").write_text(json.dumps({"engine_graph_sha256": "other", "gates": []}))
@@ -271,14 +276,16 @@ def test_serving_needs_no_pytorch(engine: Path) -> None:
     assert len(json.loads(result.stdout)["token_ids"]) == 4
 
 
-@pytest.mark.parametrize(("command", "extra"), [("build", "export"), ("validate", "validate")])
+@pytest.mark.parametrize(("command", "extra"), [("build", "export"), ("validate", "validate"), ("deploy", "serving")])
 def test_a_missing_extra_is_named(engine: Path, command: str, extra: str, tmp_path: Path) -> None:
-    arguments = (
-        ["build", "-m", "tiny", "-o", str(tmp_path / "new")] if command == "build" else ["validate", str(engine)]
-    )
+    arguments = {
+        "build": ["build", "-m", "tiny", "-o", str(tmp_path / "new")],
+        "validate": ["validate", str(engine)],
+        "deploy": ["deploy", str(engine), "--model-repository", str(tmp_path / "models")],
+    }[command]
     code = (
         "import sys\n"
-        "sys.modules['onnx'] = sys.modules['torch'] = None\n"
+        "sys.modules['onnx'] = sys.modules['torch'] = sys.modules['jinja2'] = None\n"
         "from socket_trt.cli.main import main\n"
         f"main({arguments!r})\n"
     )
@@ -291,3 +298,43 @@ def test_human_bytes() -> None:
     assert [human_bytes(n) for n in (0, 1023, 1536, 2**20, 3 * 2**30, 2**41)] == [
         *("0 B", "1023 B", "1.5 KiB", "1.0 MiB", "3.0 GiB", "2.0 TiB"),
     ]
+
+
+def test_deploy(run: Run, engine: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    options = ["--engine-path", "/engines/chat", "--num-pages", "100", "--max-waiting", "7", "--max-seconds", "2.5"]
+    result = run("deploy", engine, "--model-repository", models, "--name", "chat", *options, "--json")
+    assert json.loads(result.out) == {
+        "entry": str(models / "chat"),
+        "gpus": [],
+        "instances": 1,
+        "engine": "/engines/chat",
+        "num_pages": 100,
+        "max_waiting": 7,
+        "max_step_tokens": None,
+        "max_seconds": 2.5,
+        "random_weights": False,
+    }
+    assert 'string_value: "/engines/chat"' in (models / "chat" / "config.pbtxt").read_text()
+    assert f"tritonserver --model-repository {models}" in run("deploy", engine, "--model-repository", models).out
+    assert f'string_value: "{engine}"' in (models / "engine" / "config.pbtxt").read_text()
+    assert_one_line_error(run("deploy", engine, "--model-repository", models), "exists; give --force")
+    (engine / "tokenizer.json").unlink()
+    assert "token ids only" in run("deploy", engine, "--model-repository", models, "--force").out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpus", "0"], "runs on the CPU; leave --gpus out"),
+        (["--gpus", "a"], "give numbers separated by commas"),
+        (["--name", "a/b"], "a name has letters"),
+        (["--name", ".hidden"], "a name has letters"),
+        (["--max-seconds", "0"], "max_seconds"),
+    ],
+)
+def test_deploy_refuses_what_cannot_be(
+    run: Run, engine: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    assert_one_line_error(run("deploy", engine, "--model-repository", tmp_path / "models", *options), message)
+    assert not (tmp_path / "models").exists()

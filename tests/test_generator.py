@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from socket_trt.errors import RequestError
 from socket_trt.runtime.generator import TextGenerator
 from socket_trt.runtime.sampling import SamplingParameters
-from socket_trt.runtime.scheduler import FinishReason
+from socket_trt.runtime.scheduler import FinishReason, QueueFullError
 from socket_trt.runtime.session import SessionLimits
 from tests.fake_session import FakeSession, tokens_alone
 
@@ -214,3 +214,45 @@ def test_the_serving_path_imports_no_torch() -> None:
     code = "import sys, socket_trt.runtime.generator\nprint(*{'torch', 'transformers', 'onnx'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "\n"
+
+
+def test_text_and_tokens_can_be_taken_without_running_anything() -> None:
+    """What a server does that advances the generator itself."""
+    generator = make()
+    stream = generator.stream("Hello", parameters(max_tokens=6, ignore_eos=True))
+    assert (stream.take(), list(stream.token_ids), stream.ended) == ("", [], False)
+    text, steps = "", 0
+    while not stream.ended:
+        generator.advance()
+        steps += 1
+        assert len(stream.token_ids) == steps
+        text += stream.take()
+        assert stream.take() == ""
+    assert text == stream.result.text
+    assert tuple(stream.token_ids) == stream.result.token_ids
+
+
+def test_a_text_that_cannot_be_made_ends_its_own_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = make()
+    bad, good = (generator.stream(prompt, parameters(i)) for i, prompt in enumerate(["bad", "good"]))
+
+    def push(token: int) -> str:
+        raise ValueError("no such token")
+
+    monkeypatch.setattr(bad._detokenizer, "push", push)
+    assert list(bad) == []
+    assert bad.result.finish_reason is FinishReason.error
+    assert str(bad.result.error) == "no such token"
+    assert "".join(good) == TOKENIZER.decode(expected_tokens("good", parameters(1)))
+    assert generator.scheduler.idle
+    assert generator.scheduler.pages_in_use == 0
+
+
+def test_the_queue_limit_is_the_schedulers() -> None:
+    generator = make(max_waiting=1)
+    first = generator.stream("one", parameters())
+    with pytest.raises(QueueFullError, match="1 requests wait already"):
+        generator.stream("two", parameters())
+    generator.advance()
+    second = generator.stream("two", parameters())
+    assert "".join(first) != "".join(second)

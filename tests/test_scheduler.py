@@ -417,3 +417,16 @@ def test_the_queue_limit() -> None:
 def test_limits_under_which_nothing_could_be_served_are_refused(option: str, value: int) -> None:
     with pytest.raises(ConfigError, match=f"{option} is {value}"):
         Scheduler(FakeSession(LIMITS), **{option: value})
+
+
+def test_a_step_says_whom_it_admitted() -> None:
+    harness = Harness(limits=dataclasses.replace(LIMITS, num_pages=8), max_step_tokens=16)
+    first = harness.submit([1] * 8, max_tokens=14, ignore_eos=True)
+    second = harness.submit([2] * 8, max_tokens=14, ignore_eos=True)
+    harness.step()
+    assert harness.scheduler.admitted == [first, second]
+    again = []
+    while not harness.scheduler.idle:
+        harness.step()
+        again += harness.scheduler.admitted
+    assert again == [second] * harness.scheduler.preemptions != []

@@ -12,7 +12,7 @@ import pytest
 from socket_trt.benchmark import Case, decode_batch
 from socket_trt.engine.compile import compile_engine
 from socket_trt.engine.manifest import EngineDirectory
-from socket_trt.errors import ConfigError, EngineError, RequestError
+from socket_trt.errors import ConfigError, EngineError, MissingDependencyError, RequestError
 from socket_trt.progress import Silent
 from socket_trt.runtime.cuda import OutOfGpuMemoryError
 from socket_trt.runtime.onnxruntime_session import OnnxRuntimeSession
@@ -221,3 +221,14 @@ def test_random_weights_need_weights_outside_the_plan(machine: FakeMachine) -> N
     engine = EngineDirectory.open(tiny_engine("float32"))
     with pytest.raises(ConfigError, match="only a TensorRT engine"):
         open_session(engine, random_weights=True)
+
+
+def test_the_gpu_that_was_asked_for(machine: FakeMachine) -> None:
+    """The context of that GPU is current when memory is taken, though TensorRT was opened on the first one."""
+    trt = machine.install(devices=2)
+    engine = machine.compiled()
+    for device in (0, 1):
+        open_session(engine, device=device).close()
+        assert trt.driver.current == 100 + device
+    with pytest.raises(MissingDependencyError, match="GPU 2 is not visible, 2 are, from 0 on"):
+        open_session(engine, device=2)

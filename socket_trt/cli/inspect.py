@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,19 +12,25 @@ import typer
 from socket_trt.cli.build import plan_text
 from socket_trt.cli.console import out, table
 from socket_trt.cli.sizes import human_bytes
+from socket_trt.config import parse_numbers
 from socket_trt.engine.manifest import EngineDirectory, Manifest
-from socket_trt.errors import MissingDependencyError, SocketTrtError
+from socket_trt.engine.memory import GIB, Capacity, Memory, capacity, memory_of
+from socket_trt.errors import ConfigError, MissingDependencyError, SocketTrtError
 from socket_trt.validation.report import VALIDATION_FILE
 
 
 def inspect(
     directory: Annotated[Path, typer.Argument(help="Engine directory.")],
+    memory: Annotated[
+        float, typer.Option(min=0.001, help="GiB of the GPU, or of what may be used of it, to say what they hold.")
+    ] = 80.0,
+    batch: Annotated[str, typer.Option(help="Sequences that run together, such as 1,8,64.")] = "1,8,64",
     commands: Annotated[
         bool, typer.Option("--commands", help="Only print command lines of trtexec and polygraphy for the same plan.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Say what an engine directory holds, whether it is whole, and what memory it takes."""
+    """Say what an engine directory holds, whether it is whole, what memory it takes, and what fits beside it."""
     engine = EngineDirectory.open(directory)
     manifest = engine.manifest
     if commands:
@@ -36,18 +41,23 @@ def inspect(
         state = "whole"
     except SocketTrtError as error:
         state = str(error)
-    memory = _memory(manifest)
+    own = memory_of(manifest)
+    batches = parse_numbers("--batch", batch)
+    if 0 in batches:
+        raise ConfigError(f"--batch {batch}: at least one sequence runs")
+    fits = capacity(manifest, int(memory * GIB), batches)
     validation = _validation(engine)
     if as_json:
         fields = {
             "manifest": manifest.model_dump(mode="json"),
-            "memory": memory,
+            "memory": own.model_dump(),
+            "capacity": fits.model_dump(),
             "state": state,
             "validation": validation,
         }
         out.print_json(data=fields)
         return
-    out.print(table(str(directory), ("", ""), _rows(manifest, memory, state, validation)))
+    out.print(table(str(directory), ("", ""), [*_rows(manifest, own, state, validation), *_capacity_rows(fits)]))
 
 
 def _print_commands(engine: EngineDirectory, as_json: bool) -> None:
@@ -64,23 +74,6 @@ def _print_commands(engine: EngineDirectory, as_json: bool) -> None:
         sys.stdout.write("\n\n".join(lines.values()) + "\n")
 
 
-def _memory(manifest: Manifest) -> dict[str, int]:
-    """Bytes: weights as the engine computes with them, one page of the cache, and how many tokens a GiB caches."""
-    item = 4 if manifest.dtype == "float32" else 2
-    tensors = manifest.weights.tensors.values()
-    if tensors:
-        unique = {(t.file, t.offset): t.shape for t in tensors}
-        weights = sum(math.prod(shape) for shape in unique.values()) * item
-    else:
-        weights = sum(record.size for record in manifest.weights.files.values())
-    page = manifest.cache_bytes_per_page()
-    return {
-        "weights_bytes": weights,
-        "page_bytes": page,
-        "cached_tokens_per_gib": (1 << 30) // page * manifest.socket.page_size,
-    }
-
-
 def _validation(engine: EngineDirectory) -> str:
     """The last validation's outcome, as far as it speaks of this graph."""
     file = engine.path / VALIDATION_FILE
@@ -93,7 +86,7 @@ def _validation(engine: EngineDirectory) -> str:
     return f"failed: {', '.join(failed)}" if failed else "passed"
 
 
-def _rows(manifest: Manifest, memory: dict[str, int], state: str, validation: str) -> list[tuple[str, str]]:
+def _rows(manifest: Manifest, memory: Memory, state: str, validation: str) -> list[tuple[str, str]]:
     model, socket = manifest.model, manifest.socket
     return [
         ("model", f"{model.name} ({model.family}){', random weights' if model.random_weights else ''}"),
@@ -113,13 +106,29 @@ def _rows(manifest: Manifest, memory: dict[str, int], state: str, validation: st
             "limits",
             f"{manifest.max_batch_size} sequences of {manifest.max_seq_len} tokens, pages of {socket.page_size}",
         ),
-        ("weights", f"{manifest.weights.mode}, {human_bytes(memory['weights_bytes'])} in {manifest.dtype}"),
+        ("weights", f"{manifest.weights.mode}, {human_bytes(memory.weights_bytes)} in {manifest.dtype}"),
         (
             "cache",
-            f"{human_bytes(memory['page_bytes'])} a page, {memory['cached_tokens_per_gib']} tokens a GiB",
+            f"{human_bytes(memory.page_bytes)} a page, {memory.code_bytes / memory.page_bytes:.1%} of it codes and norms; "
+            f"{memory.pages_per_gib} pages or {memory.cached_tokens_per_gib} tokens a GiB",
         ),
         *([("plan", plan_text(manifest))] if manifest.backend == "tensorrt" else []),
         ("built", f"{manifest.created} by socket-trt {manifest.versions['socket-trt']}"),
         ("state", state),
         ("validation", validation),
+    ]
+
+
+def _capacity_rows(fits: Capacity) -> list[tuple[str, str]]:
+    title = f"{human_bytes(fits.memory_bytes)} hold"
+    if not fits.cached_tokens:
+        return [(title, "not even the weights and one page")]
+    each = ", ".join(f"{tokens} of {batch}" for batch, tokens in fits.tokens_by_batch.items())
+    return [
+        (
+            title,
+            f"with {human_bytes(fits.reserved_bytes)} reserved: {fits.num_pages} pages (deploy --num-pages), "
+            f"{fits.cached_tokens} tokens in all, {fits.full_sequences} sequences of the limit",
+        ),
+        ("", f"tokens a sequence: {each} together"),
     ]

@@ -6,14 +6,11 @@ behind and destroys nothing.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
 import platform
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -47,6 +44,7 @@ from socket_trt.onnx.export import EXPORT_OPSET, export_model, parameter_shapes,
 from socket_trt.onnx.function import MAX_OPSET, MIN_OPSET
 from socket_trt.onnx.weights import attach_weights
 from socket_trt.progress import Progress
+from socket_trt.staging import staged
 from socket_trt.weights import FileRecord, TensorLocation, index_checkpoint, record_file, sha256_of
 
 if TYPE_CHECKING:
@@ -91,7 +89,7 @@ def build_engine(source: ModelSource, output: Path, options: BuildOptions, progr
     checkpoint_index = index_checkpoint(source.checkpoint) if source.checkpoint is not None else None
     dtype = TORCH_DTYPES[options.dtype]
     socket = options.socket if options.attention is AttentionKind.socket else options.socket.attends_densely()
-    with _staged(output, options.force) as stage:
+    with staged(output, options.force, _is_engine, "no engine directory", EngineError) as stage:
         with progress.task("Exporting the graph"):
             model = export_model(source.config, socket, dtype, max_seq_len, options.opset)
         if checkpoint_index is None:
@@ -135,29 +133,8 @@ def _check_options(source: ModelSource, options: BuildOptions) -> int:
     return options.max_seq_len
 
 
-@contextlib.contextmanager
-def _staged(output: Path, force: bool) -> Iterator[Path]:
-    """A directory that becomes `output` when the block ends well, and vanishes when it does not."""
-    if output.exists():
-        if not force:
-            raise EngineError(f"{output}: exists; give --force to replace it, or another --output")
-        if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST_FILE).is_file()):
-            raise EngineError(f"{output}: exists and is no engine directory; --force replaces only those")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-    except OSError as error:
-        raise EngineError(f"{output}: cannot be written ({error.strerror}); give another --output") from None
-    try:
-        yield stage
-        stage.chmod(0o755)  # mkdtemp's own mode keeps others out
-        if output.exists():
-            shutil.rmtree(output)
-        stage.rename(output)
-    except OSError as error:
-        raise EngineError(f"{output}: writing failed ({error.strerror or error}); nothing was kept") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+def _is_engine(directory: Path) -> bool:
+    return (directory / MANIFEST_FILE).is_file()
 
 
 def _write_companions(source: ModelSource, directory: Path) -> None:

@@ -10,6 +10,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 BEGIN, END, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
 BEGIN_ID, END_ID, PAD_ID = 256, 257, 258
 
+CHAT_TEMPLATE = """\
+{{ bos_token }}{% for message in messages %}
+{% if message.role not in ('system', 'user', 'assistant') %}
+{{ raise_exception('a message is from the system, a user or an assistant') }}{% endif %}
+[{{ message.role }}] {{ message.content | trim }}
+{% endfor %}
+{% if add_generation_prompt %}[assistant] {% endif %}"""
+
 
 def _printable_bytes() -> list[str]:
     """The character that byte-level tokenizers write for each byte: itself where printable, else from U+0100 on."""
@@ -40,5 +48,6 @@ def write_tokenizer(directory: Path) -> None:
         "eos_token": END,
         "pad_token": PAD,
         "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))

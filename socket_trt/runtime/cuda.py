@@ -168,19 +168,24 @@ class Event:
 
 
 class Device:
-    """The first GPU that the process sees, its primary context made current on the calling thread."""
+    """A GPU that the process sees, the first by default, its primary context made current on the calling thread."""
 
-    def __init__(self) -> None:
-        """Raises MissingDependencyError where there is no GPU or no driver."""
+    def __init__(self, ordinal: int = 0) -> None:
+        """Raises MissingDependencyError where there is no such GPU or no driver."""
         try:
             status = driver.cuInit(0)[0]
         except RuntimeError as error:  # cuda-python finds no libcuda
             raise MissingDependencyError(f"no NVIDIA driver: {error}") from None
         if status != driver.CUresult.CUDA_SUCCESS:
             raise MissingDependencyError(f"no usable NVIDIA GPU: cuInit says {status.name}")
-        if _call(driver.cuDeviceGetCount) < 1:
+        count = _call(driver.cuDeviceGetCount)
+        if count < 1:
             raise MissingDependencyError("no NVIDIA GPU is visible (CUDA_VISIBLE_DEVICES?)")
-        self._device = _call(driver.cuDeviceGet, 0)
+        if ordinal >= count:
+            raise MissingDependencyError(
+                f"GPU {ordinal} is not visible, {count} are, from 0 on (CUDA_VISIBLE_DEVICES?)"
+            )
+        self._device = _call(driver.cuDeviceGet, ordinal)
         self._context = _call(driver.cuDevicePrimaryCtxRetain, self._device)
         self.activate()
 

@@ -48,8 +48,8 @@ class Generation(Iterator[str]):
 
     def __init__(self, generator: TextGenerator, request_id: int, prompt_tokens: int, parameters: SamplingParameters):
         """For `TextGenerator.stream`."""
+        self.request_id = request_id  # as the scheduler counts
         self._generator = generator
-        self._request_id = request_id
         self._prompt_tokens = prompt_tokens
         self._detokenizer = Detokenizer(generator.tokenizer)
         self._stop_strings = StopStrings(parameters.stop)
@@ -67,18 +67,31 @@ class Generation(Iterator[str]):
             raise RuntimeError("the generation has not ended: iterate over it, or close it")
         return self._result
 
+    @property
+    def ended(self) -> bool:
+        return self._result is not None
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """The tokens that have come so far."""
+        return self._token_ids
+
+    def take(self) -> str:
+        """The text that has come since it was last read; runs nothing, for whoever calls `TextGenerator.advance`."""
+        piece, self._unread = self._unread, ""
+        return piece
+
     def __next__(self) -> str:
         while not self._unread and self._result is None:
             self._generator.advance()
         if not self._unread:
             raise StopIteration
-        piece, self._unread = self._unread, ""
-        return piece
+        return self.take()
 
     def close(self) -> None:
         """Cancel the request where it has not ended; `result` then holds what was generated."""
         if self._result is None:
-            self._generator.end(self._request_id)
+            self._generator.end(self.request_id)
             self._finish(FinishReason.cancelled)
 
     def __enter__(self) -> Generation:
@@ -100,8 +113,13 @@ class Generation(Iterator[str]):
         if event.finish_reason is not None:
             self._finish(event.finish_reason, event.error)
         elif self._stop_strings.matched:
-            self._generator.end(self._request_id)
+            self._generator.end(self.request_id)
             self._finish(FinishReason.stop_string)
+
+    def fail(self, error: Exception) -> None:
+        """End the request with `error`; for `TextGenerator`."""
+        self._detokenizer, self._stop_strings = Detokenizer(self._generator.tokenizer), StopStrings(())
+        self._finish(FinishReason.error, error)
 
     def _show(self, text: str) -> None:
         self._text += text
@@ -140,21 +158,23 @@ class TextGenerator:
         stop_token_ids: Sequence[int] = (),
         *,
         max_step_tokens: int = 2048,
+        max_waiting: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`stop_token_ids`: the model's own; `max_step_tokens`: see `Scheduler`; `clock`: of the timings, in seconds.
+        """`stop_token_ids`: the model's own; `max_step_tokens`, `max_waiting`: see `Scheduler`; `clock`: in seconds.
 
-        Raises ConfigError for a `max_step_tokens` under which no request could be served.
+        Raises ConfigError for limits under which no request could be served.
         """
         self.tokenizer = tokenizer
         self.clock = clock
-        self.scheduler = Scheduler(session, stop_token_ids, max_step_tokens=max_step_tokens)
+        self.scheduler = Scheduler(session, stop_token_ids, max_step_tokens=max_step_tokens, max_waiting=max_waiting)
         self._live: dict[int, Generation] = {}
 
     def stream(self, prompt: Prompt, parameters: SamplingParameters) -> Generation:
         """Submit `prompt` (text, to which the tokenizer adds its special tokens, or token ids) and return its text.
 
-        Raises RequestError, now and not at the first piece, for a request that cannot be served.
+        Raises RequestError, now and not at the first piece, for a request that cannot be served (QueueFullError where
+        it could be later).
         """
         tokens = self.tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt
         request_id = self.scheduler.submit(tokens, parameters)
@@ -189,11 +209,19 @@ class TextGenerator:
         return [generation.result for generation in generations]
 
     def advance(self) -> None:
-        """Run one step and hand its events to their generations."""
+        """Run one step and hand its events to their generations.
+
+        Where an event's text cannot be made, its request ends with `error` and the others go on.
+        """
         for event in self.scheduler.step():
-            self._live[event.request_id].accept(event)
-            if event.finish_reason is not None:
-                del self._live[event.request_id]
+            generation = self._live[event.request_id]
+            try:
+                generation.accept(event)
+            except Exception as error:  # whatever a tokenizer raises, only its own request may suffer
+                generation.fail(error)
+                self.scheduler.cancel(event.request_id)
+            if generation.ended:
+                self._live.pop(event.request_id, None)
 
     def end(self, request_id: int) -> None:
         """End a request before its own end; for `Generation`."""

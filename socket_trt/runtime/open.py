@@ -19,24 +19,38 @@ def open_session(
     engine: EngineDirectory,
     num_pages: int | None = None,
     *,
+    device: int = 0,
     random_weights: bool = False,
     progress: Progress | None = None,
 ) -> Session:
     """The session of the backend that the engine was built for.
 
-    `num_pages`: size of the cache's pool; by default a full batch of full sequences fits.  `random_weights`: do without
-    the checkpoint (TensorRT).
+    num_pages       size of the cache's pool; by default a full batch of full sequences fits
+    device          the GPU to run on, for a backend that runs on one
+    random_weights  do without the checkpoint (TensorRT)
+
     Raises EngineError or CheckpointError where graph, plan or weights are not what the build left.
     """
     if engine.manifest.backend == "tensorrt":
         from socket_trt.runtime.tensorrt_session import TensorRTSession
 
-        return TensorRTSession(engine, num_pages, random_weights=random_weights, progress=progress)
+        return TensorRTSession(engine, num_pages, ordinal=device, random_weights=random_weights, progress=progress)
     if random_weights:
         raise ConfigError(f"{engine.path}: only a TensorRT engine can be run with random weights in place of its own")
     from socket_trt.runtime.onnxruntime_session import OnnxRuntimeSession
 
     return OnnxRuntimeSession(engine, num_pages)
+
+
+def runs_on_gpu(engine: EngineDirectory) -> bool:
+    """Whether the engine's session runs on a GPU, and so may be given one."""
+    return engine.manifest.backend == "tensorrt"
+
+
+def max_step_tokens(engine: EngineDirectory) -> int:
+    """Tokens that a step of the engine's session should have at most."""
+    plan = engine.manifest.plan
+    return plan.max_step_tokens if plan is not None else DEFAULT_MAX_STEP_TOKENS
 
 
 def load_tokenizer(engine: EngineDirectory) -> Tokenizer:
@@ -57,13 +71,9 @@ def open_generator(engine: EngineDirectory, progress: Progress | None = None) ->
     """A generator on a session that is closed at the end."""
     tokenizer = load_tokenizer(engine)
     session = open_session(engine, progress=progress)
-    plan = engine.manifest.plan
     try:
         yield TextGenerator(
-            session,
-            tokenizer,
-            engine.manifest.model.stop_token_ids,
-            max_step_tokens=plan.max_step_tokens if plan is not None else DEFAULT_MAX_STEP_TOKENS,
+            session, tokenizer, engine.manifest.model.stop_token_ids, max_step_tokens=max_step_tokens(engine)
         )
     finally:
         session.close()

@@ -121,7 +121,8 @@ class Scheduler:
     Not thread-safe: a server calls it from one thread.
 
     Counters, since the beginning: `steps`, `prefilled_tokens` (prompt tokens computed, again after a preemption),
-    `replayed_tokens` (generated tokens computed again), `generated_tokens`, `preemptions`.
+    `replayed_tokens` (generated tokens computed again), `generated_tokens`, `preemptions`.  `admitted`: ids of the
+    requests that the last step gave pages, those that come back from a preemption included.
     """
 
     def __init__(
@@ -160,6 +161,7 @@ class Scheduler:
         self.replayed_tokens = 0
         self.generated_tokens = 0
         self.preemptions = 0
+        self.admitted: list[int] = []
 
     @property
     def queue_length(self) -> int:
@@ -279,10 +281,13 @@ class Scheduler:
 
     def _admit_waiting(self) -> None:
         """Admit from the head of the queue only: nobody overtakes, so nobody starves."""
+        self.admitted = []
         while self._waiting and len(self._running) < self._max_running:
             if not self._cache.grow(self._waiting[0].id, len(self._waiting[0].tokens)):
                 break
-            self._running.append(self._waiting.popleft())
+            sequence = self._waiting.popleft()
+            self._running.append(sequence)
+            self.admitted.append(sequence.id)
 
     def _plan(self) -> list[_Row]:
         """Rows of the next step: one for every decode, then prefill chunks and replay by order of arrival."""

@@ -77,6 +77,7 @@ class TensorRTSession(Session):
         engine: EngineDirectory,
         num_pages: int | None = None,
         *,
+        ordinal: int = 0,
         compiled: Compiled | None = None,
         random_weights: bool = False,
         progress: Progress | None = None,
@@ -84,6 +85,7 @@ class TensorRTSession(Session):
         """Load the plan, check that everything fits, then fill the weights.
 
         num_pages       size of the pool; by default a full batch of full sequences, or as much of it as fits
+        ordinal         the GPU, as the process counts those it sees
         compiled        another plan of the same weights and caches (validation and benchmarks run variants)
         random_weights  fill the weights with random values, for speed alone; the checkpoint need not be there
 
@@ -102,8 +104,8 @@ class TensorRTSession(Session):
             engine.check_graph()
         else:
             engine.check()
-        device = Device()
         tensorrt = open_tensorrt()
+        device = Device(ordinal)  # the one before, if it was opened just now, made the first GPU current
         check_compatible(engine, record, tensorrt)
         plan = read_plan(engine, record) if compiled is None else compiled.plan
         self._trt, self._device, self._manifest, self._record = tensorrt, device, manifest, record

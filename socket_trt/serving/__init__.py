@@ -1,0 +1,1 @@
+"""Serving in Triton Inference Server.  Nothing here imports PyTorch, nor knows what runs the engine."""
