@@ -11,7 +11,7 @@ from torch import Tensor
 from socket_trt.config import INT32_MAX, OperatorAttributes, Selection, SocketConfig
 from socket_trt.errors import ConfigError
 from socket_trt.planes import draw_planes
-from socket_trt.quality.measures import Attention, Fixed, measure, weights
+from socket_trt.quality.measures import Attention, Share, measure, weights
 from socket_trt.quality.methods import COMPARED, Dense, ExactTopK, HardLsh, Method, Quest, Random, SinkWindow, Socket
 from socket_trt.reference import attended_set, key_codes
 from tests.steps import SMALL
@@ -19,8 +19,12 @@ from tests.steps import SMALL
 F64 = torch.float64
 QUERY_HEADS, KV_HEADS, SIZE = 6, 2, 16
 GROUP = QUERY_HEADS // KV_HEADS
-FIXED = Fixed(sink=2, window=3)
+SINK, WINDOW = 2, 3
 ALL = [make(3) for make in COMPARED]
+
+
+def share(kept: float) -> Share:
+    return Share(kept, SINK, WINDOW)
 
 
 def draw(length: int, seed: int = 0, **options: object) -> Attention:
@@ -45,7 +49,7 @@ def attended(method: Method, a: Attention, attributes: OperatorAttributes) -> li
 
 def best(scores: list[float], length: int, kept: int) -> set[int]:
     """Sink, window, and the best of the others, `kept` in all; ties to the lower position."""
-    fixed = {*range(FIXED.sink), *range(length - FIXED.window, length)}
+    fixed = {*range(SINK), *range(length - WINDOW, length)}
     others = sorted((t for t in range(length) if t not in fixed), key=lambda t: -scores[t])  # a stable sort
     return fixed | set(others[: kept - len(fixed)])
 
@@ -60,12 +64,12 @@ def dot(a: Tensor, b: Tensor) -> float:
 def test_every_method_keeps_exactly_the_tokens_it_may(method: Method, length: int, kept: float) -> None:
     a = draw(length)
     total = math.ceil(length * kept)
-    if total < FIXED.sink + FIXED.window:
+    if total < SINK + WINDOW:
         with pytest.raises(ConfigError, match="fewer than sink and window"):
-            FIXED.attributes(length, kept, a)
+            share(kept)(length, a)
         return
-    fixed = {*range(min(length, FIXED.sink)), *range(max(0, length - FIXED.window), length)}
-    for tokens in attended(method, a, FIXED.attributes(length, kept, a)):
+    fixed = {*range(min(length, SINK)), *range(max(0, length - WINDOW), length)}
+    for tokens in attended(method, a, share(kept)(length, a)):
         assert fixed <= tokens
         assert len(tokens) == (length if isinstance(method, Dense) else total)
 
@@ -73,7 +77,7 @@ def test_every_method_keeps_exactly_the_tokens_it_may(method: Method, length: in
 def test_names_are_different_and_only_those_that_draw_depend_on_the_seed() -> None:
     assert len({method.name for method in ALL}) == len(ALL)
     a = draw(200)
-    attributes = FIXED.attributes(200, 0.1, a)
+    attributes = share(0.1)(200, a)
     for make in COMPARED:
         one, same, other = (attended(make(seed), a, attributes) for seed in (1, 1, 2))
         assert one == same
@@ -82,12 +86,12 @@ def test_names_are_different_and_only_those_that_draw_depend_on_the_seed() -> No
 
 def test_dense_sees_what_the_sliding_window_lets_it() -> None:
     a = draw(50, sliding_window=20)
-    assert attended(Dense(), a, FIXED.attributes(50, 0.2, a)) == [set(range(30, 50))] * QUERY_HEADS
+    assert attended(Dense(), a, share(0.2)(50, a)) == [set(range(30, 50))] * QUERY_HEADS
 
 
 def test_the_oracle_takes_the_largest_scores() -> None:
     a = draw(60)
-    found = attended(ExactTopK(), a, FIXED.attributes(60, 0.25, a))
+    found = attended(ExactTopK(), a, share(0.25)(60, a))
     for head in range(QUERY_HEADS):
         scores = [dot(a.query[head], key) for key in a.keys[head // GROUP]]
         assert found[head] == best(scores, 60, 15)
@@ -134,14 +138,14 @@ def test_socket_scores_by_the_papers_formula(norms: bool) -> None:
     method = Socket(tables=5, planes=3, temperature=0.25, value_norms=norms, seed=4)
     planes = torch.from_numpy(draw_planes(5, 3, SIZE, 4)).to(F64)
     expected = torch.tensor(socket_scores(a, planes, 0.25, norms), dtype=F64)
-    found = method.scores(a.query, a.keys, a.values, FIXED.attributes(40, 0.5, a))
+    found = method.scores(a.query, a.keys, a.values, share(0.5)(40, a))
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-10)
 
 
 def test_hard_lsh_counts_the_tables_in_which_key_and_query_collide() -> None:
     a = draw(80)
     planes = torch.from_numpy(draw_planes(10, 3, SIZE, 5)).to(F64)
-    attributes = FIXED.attributes(80, 0.3, a)
+    attributes = share(0.3)(80, a)
     counts = []
     for head in range(QUERY_HEADS):
         counts.append([])
@@ -159,7 +163,7 @@ def test_hard_lsh_counts_the_tables_in_which_key_and_query_collide() -> None:
 @pytest.mark.parametrize("length", [64, 61, 49])
 def test_quest_takes_pages_by_their_bound(length: int) -> None:
     a = draw(length)
-    found = attended(Quest(page_size=8), a, FIXED.attributes(length, 0.4, a))
+    found = attended(Quest(page_size=8), a, share(0.4)(length, a))
     for head in range(QUERY_HEADS):
         scores = [0.0] * length
         for start in range(0, length, 8):
@@ -175,12 +179,12 @@ def test_quest_takes_pages_by_their_bound(length: int) -> None:
 
 def test_sink_and_window_take_the_latest() -> None:
     a = draw(50)
-    assert attended(SinkWindow(), a, FIXED.attributes(50, 0.2, a)) == [{0, 1, *range(42, 50)}] * QUERY_HEADS
+    assert attended(SinkWindow(), a, share(0.2)(50, a)) == [{0, 1, *range(42, 50)}] * QUERY_HEADS
 
 
 def test_random_is_even_and_each_head_has_its_own() -> None:
     a = draw(100)
-    attributes = FIXED.attributes(100, 0.2, a)
+    attributes = share(0.2)(100, a)
     counts = [0] * 100
     for seed in range(100):
         found = attended(Random(seed=seed), a, attributes)
@@ -194,7 +198,7 @@ def test_random_is_even_and_each_head_has_its_own() -> None:
 @pytest.mark.parametrize("method", [m for m in ALL if not isinstance(m, Random)], ids=lambda method: method.name)
 def test_sequences_stacked_in_the_heads_choose_as_each_alone(method: Method) -> None:
     one, two = draw(90, seed=1), draw(90, seed=2)
-    attributes = FIXED.attributes(90, 0.2, one)
+    attributes = share(0.2)(90, one)
     stacked = method.attended(
         torch.cat([one.query, two.query]),
         torch.cat([one.keys, two.keys]),
@@ -209,7 +213,7 @@ def test_sequences_stacked_in_the_heads_choose_as_each_alone(method: Method) -> 
 def test_measures_by_hand(options: dict[str, float]) -> None:
     """`weights` and every measure, one token at a time."""
     a = draw(60, **options)
-    attributes = FIXED.attributes(60, 0.25, a)
+    attributes = share(0.25)(60, a)
     method = Socket(tables=4, planes=4, seed=1)
     found = attended(method, a, attributes)
     mass, recall, error = [], [], []
@@ -223,7 +227,7 @@ def test_measures_by_hand(options: dict[str, float]) -> None:
         p = [x / sum(exp) for x in exp]
         torch.testing.assert_close(weights(a)[head], torch.tensor(p, dtype=F64))
         mass.append(sum(p[t] for t in found[head]))
-        candidates = [t for t in range(60) if seen[t] and FIXED.sink <= t < 60 - FIXED.window]
+        candidates = [t for t in range(60) if seen[t] and SINK <= t < 60 - WINDOW]
         top = set(sorted(candidates, key=lambda t: -p[t])[:10])
         assert len(top) == 10
         recall.append(len(top & found[head]) / 10)
@@ -240,7 +244,7 @@ def test_measures_by_hand(options: dict[str, float]) -> None:
 
 def test_dense_loses_nothing_and_no_method_keeps_more_mass_than_the_oracle() -> None:
     a = draw(300)
-    attributes = FIXED.attributes(300, 0.1, a)
+    attributes = share(0.1)(300, a)
     whole = measure(a, Dense(), attributes)
     assert (whole.mass, whole.recall, whole.error) == (pytest.approx(1), 1, pytest.approx(0, abs=1e-12))
     oracle = measure(a, ExactTopK(), attributes)
@@ -252,7 +256,7 @@ def test_dense_loses_nothing_and_no_method_keeps_more_mass_than_the_oracle() -> 
 
 def test_a_budget_of_nothing_recalls_all_there_is_to_recall() -> None:
     a = draw(100)
-    assert measure(a, Random(), FIXED.attributes(100, 0.05, a)).recall == 1
+    assert measure(a, Random(), share(0.05)(100, a)).recall == 1
 
 
 def test_bits_a_token_are_equal_where_methods_are_compared() -> None:
@@ -267,5 +271,5 @@ def test_bits_a_token_are_equal_where_methods_are_compared() -> None:
 
 def test_min_length_attends_densely() -> None:
     a = draw(100)
-    attributes = FIXED.attributes(100, 0.1, a).replace(min_length=INT32_MAX)
+    attributes = share(0.1)(100, a).replace(min_length=INT32_MAX)
     assert attended(Random(), a, attributes) == [set(range(100))] * QUERY_HEADS

@@ -31,27 +31,23 @@ class Attention:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fixed:
-    """Tokens attended to whatever the method says."""
+class Share:
+    """A budget: ceil(length * kept) tokens are attended to, the first `sink` and the last `window` among them."""
 
+    kept: float
     sink: int
     window: int
 
-    def attributes(self, length: int, kept: float, attention: Attention) -> OperatorAttributes:
-        """Attributes with which ceil(length * kept) tokens are attended to, sink and window among them.
-
-        Raises ConfigError where sink and window alone are more.
-        """
-        total = math.ceil(round(length * kept, 6))
+    def __call__(self, length: int, attention: Attention) -> OperatorAttributes:
+        """Attributes at a length.  Raises ConfigError where sink and window alone are more than is kept."""
+        total = math.ceil(round(length * self.kept, 6))
         chosen = total - self.sink - self.window
         if chosen < 0:
             raise ConfigError(
-                f"{kept:.1%} of {length} tokens are {total}, fewer than sink and window ({self.sink} + {self.window}): "
-                "keep more, take a longer length, or shorten sink and window"
+                f"{self.kept:.1%} of {length} tokens are {total}, fewer than sink and window ({self.sink} + {self.window}):"
+                " keep more, take a longer length, or shorten sink and window"
             )
-        config = SocketConfig.create(
-            sink=self.sink, window=self.window, budget_tokens=chosen, budget_permille=0, min_length=0
-        )
+        config = SocketConfig.create(sink=self.sink, window=self.window, budget_tokens=chosen, budget_permille=0)
         return config.attributes(attention.scale, attention.sliding_window, attention.softcap)
 
 
