@@ -202,6 +202,7 @@ def table(methods: Sequence[str], cell: Callable[[str, str], str]) -> list[str]:
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """A panel a task (answers right by kept share), and one for the attention mass."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     methods = list(dict.fromkeys(row["method"] for row in report["accuracy"]))
@@ -221,7 +222,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
             mean = np.array([100 * np.mean(values) for values in found])
             low, high = ([100 * bound(values) for values in found] for bound in (min, max))
             style = "-" if method.startswith("SOCKET") else ":" if method.startswith("hard") else "--"
-            colour = f"C{number % 10}"
+            colour = colormaps["tab20"](number)
             axis.plot(range(len(KEPT)), mean, style, marker="o", markersize=3, color=colour, label=method)
             axis.fill_between(range(len(KEPT)), low, high, color=colour, alpha=0.12, linewidth=0)
         if panel in report["dense"]:
