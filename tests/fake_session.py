@@ -112,12 +112,14 @@ def tokens_alone(
     vocabulary_size: int,
     max_seq_len: int,
     stop_token_ids: Sequence[int] = (),
+    decoded: int = 0,
 ) -> list[int]:
     """The tokens a request gets on its own, computed without batches, pages or a scheduler."""
     assert parameters.seed is not None
     stops = {*parameters.stop_token_ids, *(() if parameters.ignore_eos else stop_token_ids)}
-    kind = DECODE if len(prompt) == 1 else PREFILL
-    history = [(token, position, kind) for position, token in enumerate(prompt)]
+    prefilled = len(prompt) - decoded
+    kind = DECODE if prefilled == 1 else PREFILL
+    history = [(token, i, kind if i < prefilled else DECODE) for i, token in enumerate(prompt)]
     generated: list[int] = []
     while len(generated) < parameters.max_tokens and len(prompt) + len(generated) < max_seq_len:
         logits = logits_of(np.array(history), vocabulary_size)

@@ -26,14 +26,14 @@ class Harness:
     def __init__(self, limits: SessionLimits = LIMITS, max_step_tokens: int = 16, **options: Any) -> None:
         self.session = FakeSession(limits, max_step_tokens, options.pop("fail_at", ()))
         self.scheduler = Scheduler(self.session, [EOS], max_step_tokens=max_step_tokens, **options)
-        self.requests: dict[int, tuple[list[int], SamplingParameters]] = {}
+        self.requests: dict[int, tuple[list[int], SamplingParameters, int]] = {}
         self.tokens: dict[int, list[int]] = defaultdict(list)
         self.last: dict[int, TokenEvent] = {}
 
-    def submit(self, prompt: list[int], **parameters: Any) -> int:
+    def submit(self, prompt: list[int], decoded: int = 0, **parameters: Any) -> int:
         wanted = SamplingParameters(**{"max_tokens": 8, "temperature": 1.0, "seed": 1, **parameters})
-        request_id = self.scheduler.submit(prompt, wanted)
-        self.requests[request_id] = (prompt, wanted)
+        request_id = self.scheduler.submit(prompt, wanted, decoded=decoded)
+        self.requests[request_id] = (prompt, wanted, decoded)
         return request_id
 
     def step(self) -> list[TokenEvent]:
@@ -58,7 +58,7 @@ class Harness:
         assert (self.scheduler.pages_in_use, self.scheduler.queue_length, self.scheduler.running_requests) == (0, 0, 0)
 
     def alone(self, request_id: int) -> list[int]:
-        prompt, parameters = self.requests[request_id]
+        prompt, parameters, decoded = self.requests[request_id]
         limits = self.session.limits
         return tokens_alone(
             prompt,
@@ -66,12 +66,13 @@ class Harness:
             vocabulary_size=limits.vocabulary_size,
             max_seq_len=limits.max_seq_len,
             stop_token_ids=[EOS],
+            decoded=decoded,
         )
 
     def check_finished(self, request_id: int) -> None:
         expected = self.alone(request_id)
         assert self.tokens[request_id] == expected
-        _, parameters = self.requests[request_id]
+        _, parameters, _ = self.requests[request_id]
         stops = {*parameters.stop_token_ids, *(() if parameters.ignore_eos else (EOS,))}
         reason = FinishReason.stop_token if expected[-1] in stops else FinishReason.length
         assert self.last[request_id].finish_reason is reason
@@ -104,6 +105,7 @@ REQUESTS = st.fixed_dictionaries(
         "temperature": st.sampled_from([0.0, 1.0]),
         "ignore_eos": st.booleans(),
         "stop_token_ids": st.sampled_from([(), (3,), (EOS, 11)]),
+        "decoded": st.integers(0, 12),
     }
 )
 ACTIONS = st.lists(
@@ -129,6 +131,7 @@ def test_any_interleaving_gives_each_request_the_tokens_it_gets_alone(
     for action, argument in actions:
         if action == "submit":
             room = (limits.num_pages - 1) * limits.page_size + 1
+            argument["decoded"] %= len(argument["prompt"])
             length = min(len(argument["prompt"]) + argument["max_tokens"], limits.max_seq_len)
             if len(argument["prompt"]) < limits.max_seq_len and length <= room:
                 harness.submit(**argument)
@@ -209,6 +212,20 @@ def test_a_prompt_of_one_token_is_a_row_of_one_token() -> None:
     harness.run()
     assert harness.row_counts() == [[1], [1], [1]]
     harness.check_finished(request_id)
+
+
+def test_the_end_of_a_prompt_may_be_computed_in_decode_rows() -> None:
+    harness = Harness(max_step_tokens=8)
+    request_id = harness.submit([1, 2, 3, 4, 5, 6], decoded=2, max_tokens=2, ignore_eos=True)
+    harness.run()
+    assert harness.row_counts() == [[4], [1, 1], [1]]
+    harness.check_finished(request_id)
+
+
+@pytest.mark.parametrize("decoded", [-1, 3, 4])
+def test_a_prompt_is_not_computed_in_decode_rows_from_its_beginning(decoded: int) -> None:
+    with pytest.raises(RequestError, match="fewer than the prompt's 3 tokens"):
+        Harness().submit([1, 2, 3], decoded=decoded)
 
 
 def test_preemption_takes_the_latest_and_replays_its_tokens_in_decode_rows() -> None:

@@ -62,10 +62,14 @@ class TokenEvent:
 
 @dataclasses.dataclass(eq=False)
 class _Sequence:
-    """A live request.  `tokens` are all known ones; the first `prompt_length` are the prompt's."""
+    """A live request.
+
+    `tokens` are all known ones; the first `given` are the prompt's, the first `prompt_length` of these are prefilled.
+    """
 
     id: int
     tokens: list[int]
+    given: int
     prompt_length: int
     max_length: int
     parameters: SamplingParameters
@@ -121,7 +125,7 @@ class Scheduler:
     Not thread-safe: a server calls it from one thread.
 
     Counters, since the beginning: `steps`, `prefilled_tokens` (prompt tokens computed, again after a preemption),
-    `replayed_tokens` (generated tokens computed again), `generated_tokens`, `preemptions`.  `admitted`: ids of the
+    `replayed_tokens` (known tokens computed in decode rows), `generated_tokens`, `preemptions`.  `admitted`: ids of the
     requests that the last step gave pages, those that come back from a preemption included.
     """
 
@@ -182,16 +186,22 @@ class Scheduler:
         """No request is live: a step would do nothing."""
         return not self._waiting and not self._running
 
-    def submit(self, prompt: Sequence[int], parameters: SamplingParameters) -> int:
+    def submit(self, prompt: Sequence[int], parameters: SamplingParameters, *, decoded: int = 0) -> int:
         """Queue a request and return its id.
 
         prompt      token ids, at least one and fewer than the session's max_seq_len
         parameters  `stop` is not looked at; a generation that reaches max_seq_len ends with `length`
+        decoded     as many of the prompt's last tokens, not all, are computed in decode rows, as though they had been
+                    generated: a question that is to be attended to sparsely
 
         Raises RequestError for a prompt that is empty, too long or no tokens of the model, and for a request that
         the pool could not hold even alone; QueueFullError where `max_waiting` requests wait already.
         """
         tokens = [int(token) for token in prompt]
+        if tokens and not 0 <= decoded < len(tokens):
+            raise RequestError(
+                f"decoded is {decoded}: expected 0 or more and fewer than the prompt's {len(tokens)} tokens"
+            )
         max_length = min(len(tokens) + parameters.max_tokens, self._limits.max_seq_len)
         self._check(tokens, max_length)
         if self._max_waiting is not None and len(self._waiting) >= self._max_waiting:
@@ -200,7 +210,8 @@ class Scheduler:
         sequence = _Sequence(
             id=self._next_id,
             tokens=tokens,
-            prompt_length=len(tokens),
+            given=len(tokens),
+            prompt_length=len(tokens) - decoded,
             max_length=max_length,
             parameters=parameters,
             seed=secrets.randbelow(MAX_SEED + 1) if parameters.seed is None else parameters.seed,
@@ -336,7 +347,7 @@ class Scheduler:
         return events
 
     def _sample(self, sequence: _Sequence, logits: FloatArray) -> TokenEvent:
-        index = len(sequence.tokens) - sequence.prompt_length
+        index = len(sequence.tokens) - sequence.given
         try:
             token = sample(logits, sequence.parameters, sequence.seed, index)
         except FloatingPointError as error:
