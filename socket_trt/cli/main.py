@@ -45,13 +45,15 @@ def _print_version(wanted: bool) -> None:
 _LEVELS = {"warning": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG, "trace": 1}
 
 
+_LOGGER = logging.getLogger("socket_trt")
+
+
 def _log(level: str) -> None:
     """Messages of this package, and what TensorRT tells it, to stderr, each with its time."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
-    logger = logging.getLogger("socket_trt")
-    logger.handlers = [handler]
-    logger.setLevel(_LEVELS[level])
+    _LOGGER.handlers = [handler]
+    _LOGGER.setLevel(_LEVELS[level])
 
 
 @app.callback()
@@ -70,11 +72,15 @@ def _options(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; `arguments` are the process's by default.  Always ends in SystemExit."""
+    handlers, level = _LOGGER.handlers, _LOGGER.level
     try:
         app(args=arguments)
     except SocketTrtError as error:
         err.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}")
         sys.exit(2)
+    finally:  # whoever called this from Python has logging as it was
+        _LOGGER.handlers = handlers
+        _LOGGER.setLevel(level)
 
 
 if __name__ == "__main__":
