@@ -16,9 +16,11 @@ from typing import NamedTuple
 import pytest
 
 from socket_trt import __version__, environment
+from socket_trt.cli.extras import needs
 from socket_trt.cli.main import main
 from socket_trt.cli.sizes import human_bytes
 from socket_trt.engine.plugin import PLUGIN_VARIABLE
+from socket_trt.errors import MissingDependencyError
 from tests.engines import tiny_engine
 from tests.families import save_checkpoint
 
@@ -257,6 +259,15 @@ def test_what_is_logged_goes_to_stderr(run: Run, monkeypatch: pytest.MonkeyPatch
         assert "a message of the builder" not in result.out
         assert ("socket_trt.tensorrt: a message of the builder" in result.err) == shown
     assert before == (logging.getLogger("socket_trt").level, logging.getLogger("socket_trt").handlers)
+
+
+def test_a_missing_package_names_the_extra_that_brings_it() -> None:
+    for package, message in (
+        ("a", "drawing needs the package 'a': .*socket-trt\\[x\\]"),
+        ("b", "'b': .*socket-trt\\[y\\]"),
+    ):
+        with pytest.raises(MissingDependencyError, match=message), needs("x", "drawing", {"b": "y"}):
+            raise ModuleNotFoundError(name=package)
 
 
 def test_version_and_help(run: Run) -> None:

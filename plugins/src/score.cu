@@ -153,9 +153,9 @@ class Walk {
         if (unit_ < last_) {
             const int lane = threadIdx.x & 31, rows = tables_ - group_ * kGroup;
             if (rows >= kGroup) {
-                copy_rows(rows, [](int) { return true; });
+                copy_rows([](int) { return true; });
             } else {
-                copy_rows(rows, [&](int i) { return 4 * i + (lane >> 3) < rows; });
+                copy_rows([&](int i) { return 4 * i + (lane >> 3) < rows; });
             }
             if (rows > kGroup) {
                 group_++;
@@ -182,7 +182,7 @@ class Walk {
                (position(unit, threadIdx.x & 7) & (a_.p.page_size - 1)) * CODE_BYTES;
     }
     template <typename Wanted>
-    __device__ __forceinline__ void copy_rows(int rows, Wanted wanted) const {
+    __device__ __forceinline__ void copy_rows(Wanted wanted) const {
         const char* from = from_;
 #pragma unroll
         for (int i = 0; i < kGroup / 4; i++) {

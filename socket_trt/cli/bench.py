@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from socket_trt.cli.console import RichProgress, out, table
+from socket_trt.cli.extras import needs
 from socket_trt.cli.sizes import human_bytes
 from socket_trt.engine.manifest import EngineDirectory
-from socket_trt.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     from socket_trt.benchmark import BenchReport
@@ -38,16 +38,11 @@ def bench(
 ) -> None:
     """Time decode steps and prefill of a TensorRT engine, SOCKET against dense, on caches of random keys and values."""
     engine = EngineDirectory.open(directory)
-    try:
+    with needs("tensorrt", others={"matplotlib": "plot"}):
         from socket_trt.benchmark import BenchOptions, parse_cases, plot, run_benchmark
 
         if plot_file is not None:
             import matplotlib  # noqa: F401  (before an hour is spent on what cannot be drawn)
-    except ModuleNotFoundError as error:
-        extra = "plot" if error.name == "matplotlib" else "tensorrt"
-        raise MissingDependencyError(
-            f"this needs the package '{error.name}': pip install 'socket-trt[{extra}]'"
-        ) from None
     options = BenchOptions(
         cases=parse_cases(cases),
         steps=steps,

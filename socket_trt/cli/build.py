@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 
 from socket_trt.cli.console import RichProgress, out, table
+from socket_trt.cli.extras import needs
 from socket_trt.cli.sizes import human_bytes
 from socket_trt.config import AttentionKind, Selection, SocketConfig, parse_budget
 from socket_trt.engine.manifest import Manifest
 from socket_trt.engine.profiles import DEFAULT_MAX_STEP_TOKENS
-from socket_trt.errors import MissingDependencyError
 
 _DEFAULT = SocketConfig()
 
@@ -108,14 +108,10 @@ def build(
         page_size=page_size,
         seed=seed,
     )
-    try:
+    with needs("export", "building"):
         from socket_trt.engine.build import BuildOptions, build_engine
         from socket_trt.engine.tensorrt import choose_backend
         from socket_trt.models.checkpoint import resolve_model
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"building needs the package '{error.name}': pip install 'socket-trt[export]'"
-        ) from None
     chosen = choose_backend(backend.value, with_plan=plan)
     automatic = "float32" if chosen == "onnxruntime" else "float16"
     progress = RichProgress()

@@ -9,9 +9,9 @@ import typer
 
 from socket_trt.cli.build import plan_text
 from socket_trt.cli.console import RichProgress, out, table
+from socket_trt.cli.extras import needs
 from socket_trt.engine.manifest import EngineDirectory
 from socket_trt.engine.profiles import DEFAULT_MAX_STEP_TOKENS
-from socket_trt.errors import MissingDependencyError
 
 
 def compile_(
@@ -23,12 +23,8 @@ def compile_(
 ) -> None:
     """Build TensorRT's plan of an engine directory for the GPU of this machine; needs no PyTorch."""
     engine = EngineDirectory.open(directory)
-    try:
+    with needs("tensorrt", "compiling"):
         from socket_trt.engine.compile import compile_engine
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"compiling needs the package '{error.name}': pip install 'socket-trt[tensorrt]'"
-        ) from None
     manifest = compile_engine(engine, RichProgress(), max_step_tokens)
     if as_json:
         out.print_json(manifest.model_dump_json())

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from socket_trt.cli.console import out, table
+from socket_trt.cli.extras import needs
 from socket_trt.config import parse_numbers
 from socket_trt.engine.manifest import EngineDirectory
-from socket_trt.errors import MissingDependencyError
 from socket_trt.runtime.open import runs_on_gpu
 
 
@@ -44,13 +44,9 @@ def deploy(
 ) -> None:
     """Write the entry of a Triton model repository that serves an engine directory."""
     engine = EngineDirectory.open(directory)
-    try:
+    with needs("serving", "deploying"):
         from socket_trt.serving.deploy import Deployment, deploy_engine
         from socket_trt.serving.parameters import ModelParameters
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"deploying needs the package '{error.name}': pip install 'socket-trt[serving]'"
-        ) from None
     parameters = ModelParameters.create(
         engine=str(engine_path or directory.resolve()),
         num_pages=num_pages,

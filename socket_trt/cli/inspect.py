@@ -11,11 +11,12 @@ import typer
 
 from socket_trt.cli.build import plan_text
 from socket_trt.cli.console import out, table
+from socket_trt.cli.extras import needs
 from socket_trt.cli.sizes import human_bytes
 from socket_trt.config import parse_numbers
 from socket_trt.engine.manifest import EngineDirectory, Manifest
 from socket_trt.engine.memory import GIB, Capacity, Memory, capacity, memory_of
-from socket_trt.errors import ConfigError, MissingDependencyError, SocketTrtError
+from socket_trt.errors import ConfigError, SocketTrtError
 from socket_trt.validation.report import VALIDATION_FILE
 
 
@@ -61,12 +62,8 @@ def inspect(
 
 
 def _print_commands(engine: EngineDirectory, as_json: bool) -> None:
-    try:
+    with needs("tensorrt"):
         from socket_trt.engine.commands import build_commands
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"this needs the package '{error.name}': pip install 'socket-trt[tensorrt]'"
-        ) from None
     lines = build_commands(engine)
     if as_json:
         out.print_json(data=lines)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from socket_trt.cli.console import RichProgress, out, table
+from socket_trt.cli.extras import needs
 from socket_trt.engine.manifest import EngineDirectory
-from socket_trt.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     from socket_trt.validation.report import ValidationReport
@@ -30,12 +30,8 @@ def validate(
 ) -> None:
     """Compare an engine directory with its PyTorch model, write validation.json, exit with 1 where a gate fails."""
     engine = EngineDirectory.open(directory)
-    try:
+    with needs("validate", "validation"):
         from socket_trt.validation.validate import record_answers, validate_engine
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"validation needs the package '{error.name}': pip install 'socket-trt[validate]'"
-        ) from None
     if record:
         out.print(f"wrote {record_answers(engine, RichProgress(), seed)}")
         return
