@@ -207,7 +207,14 @@ def _variant(engine: EngineDirectory, kind: str, tensorrt: TensorRT, progress: P
     if kind == engine.manifest.attention.value or plan is None:
         return None
     attributes = {"min_length": INT32_MAX}
-    return compile_graph(engine, tensorrt, progress, attributes=attributes, max_step_tokens=plan.max_step_tokens)
+    return compile_graph(
+        engine,
+        tensorrt,
+        progress,
+        attributes=attributes,
+        max_step_tokens=plan.max_step_tokens,
+        optimization_level=plan.optimization_level,
+    )
 
 
 def decode_batch(session: TensorRTSession, case: Case, seed: int) -> StepBatch:

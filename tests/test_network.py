@@ -106,6 +106,14 @@ def test_types_tell_what_is_float32_in_a_float16_graph() -> None:
     assert not graph.float32 & graph.float16
 
 
+@pytest.mark.parametrize(("major", "shared"), [(8, 0), (10, 1)])
+def test_layers_share_no_scalar_where_tensorrt_would_copy_it(major: int, shared: int) -> None:
+    """The norms' epsilon: `test_the_network_computes_what_the_graph_computes` says that the value stays."""
+    graph = load_network(EngineDirectory.open(tiny_engine("float16")), major).model.graph
+    scalars = [v for v in graph.initializers.values() if v.shape == () and v.dtype == ir.DataType.FLOAT]
+    assert len([value for value in scalars if len(value.uses()) > 1]) == shared
+
+
 def test_attributes_can_be_changed() -> None:
     engine = EngineDirectory.open(tiny_engine("float16"))
     nodes = [n for n in load_network(engine, 8, {"min_length": 77}).model.graph if n.op_type == names.OPERATOR]

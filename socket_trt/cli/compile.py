@@ -19,13 +19,19 @@ def compile_(
     max_step_tokens: Annotated[
         int, typer.Option(help="Tokens a step may have at most: the size of a prefill chunk.")
     ] = DEFAULT_MAX_STEP_TOKENS,
+    optimization_level: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=5, help="How long TensorRT searches for fast kernels; by default what suits its version."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Build TensorRT's plan of an engine directory for the GPU of this machine; needs no PyTorch."""
     engine = EngineDirectory.open(directory)
     with needs("tensorrt", "compiling"):
         from socket_trt.engine.compile import compile_engine
-    manifest = compile_engine(engine, RichProgress(), max_step_tokens)
+    manifest = compile_engine(engine, RichProgress(), max_step_tokens, optimization_level)
     if as_json:
         out.print_json(manifest.model_dump_json())
     else:

@@ -68,6 +68,7 @@ def trtexec_command(
         parts += ["--stronglyTyped", "--preview=+aliasedPluginIO1003"]
     else:
         parts += ["--preview=+aliasedPluginIO1003"]
+    parts += [f"--builderOptimizationLevel={record.optimization_level}"]
     parts += ["--profilingVerbosity=detailed", "--skipInference"]
     return shlex.join(parts)
 
@@ -90,6 +91,7 @@ def polygraphy_command(
     else:
         parts += ["--strongly-typed"] if major == 10 else []
         parts += ["--preview-features", "ALIASED_PLUGIN_IO_10_03"]
+    parts += ["--builder-optimization-level", str(record.optimization_level)]
     parts += ["--profiling-verbosity", "DETAILED", "--save-engine", str(network.with_name(record.file))]
     return shlex.join(parts)
 

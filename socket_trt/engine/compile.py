@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from socket_trt import names
 from socket_trt.engine.manifest import PLAN_FILE, EngineDirectory, Manifest, PlanRecord, TensorRecord
-from socket_trt.engine.plan import build_plan, default_timing_cache
+from socket_trt.engine.plan import build_plan, default_optimization_level, default_timing_cache
 from socket_trt.engine.profiles import (
     DEFAULT_MAX_STEP_TOKENS,
     Profile,
@@ -40,7 +40,10 @@ class Compiled:
 
 
 def compile_engine(
-    engine: EngineDirectory, progress: Progress, max_step_tokens: int = DEFAULT_MAX_STEP_TOKENS
+    engine: EngineDirectory,
+    progress: Progress,
+    max_step_tokens: int = DEFAULT_MAX_STEP_TOKENS,
+    optimization_level: int | None = None,
 ) -> Manifest:
     """Write `engine.plan` and `network.onnx`, the graph it was built from, and note both in the manifest.
 
@@ -52,7 +55,9 @@ def compile_engine(
     from socket_trt.engine.tensorrt import open_tensorrt
 
     tensorrt = open_tensorrt()
-    compiled = compile_graph(engine, tensorrt, progress, max_step_tokens=max_step_tokens)
+    compiled = compile_graph(
+        engine, tensorrt, progress, max_step_tokens=max_step_tokens, optimization_level=optimization_level
+    )
     _replace(engine.path / NETWORK_FILE, load_network(engine, tensorrt.major).serialize())
     _replace(engine.path / PLAN_FILE, compiled.plan)
     engine.write(engine.manifest.model_copy(update={"plan": compiled.record}))
@@ -66,14 +71,19 @@ def compile_graph(
     *,
     attributes: Mapping[str, int] | None = None,
     max_step_tokens: int = DEFAULT_MAX_STEP_TOKENS,
+    optimization_level: int | None = None,
 ) -> Compiled:
-    """Build a plan of the engine's graph, with these `attributes` of every operator in place of its own."""
+    """Build a plan of the engine's graph, with these `attributes` of every operator in place of its own.
+
+    `optimization_level`: how long TensorRT searches, 0 to 5; by default what suits its version.
+    """
     manifest = engine.manifest
     check_plannable(engine, tensorrt.major)
     check_max_step_tokens(max_step_tokens, manifest.max_batch_size)
     max_pages = pool_pages(manifest)
     begin = time.perf_counter()
     network = load_network(engine, tensorrt.major, attributes)
+    level = default_optimization_level(tensorrt.major) if optimization_level is None else optimization_level
     changed = ", ".join(f"{name}={value}" for name, value in (attributes or {}).items())
     with progress.task(f"Building the TensorRT plan{f' with {changed}' if changed else ''}", 1000) as advance:
         plan = build_plan(
@@ -84,6 +94,7 @@ def compile_graph(
             engine_profiles(manifest, max_step_tokens, max_pages),
             graph_path=engine.graph if manifest.weights.mode == "embedded" else None,
             timing_cache=default_timing_cache(tensorrt.module, tensorrt.gpu.name),
+            optimization_level=level,
             watch=_Watcher(advance),
         )
     record = PlanRecord(
@@ -97,6 +108,7 @@ def compile_graph(
         plugin_sha256=tensorrt.plugin.sha256,
         max_step_tokens=max_step_tokens,
         max_pages=max_pages,
+        optimization_level=level,
         build_seconds=round(time.perf_counter() - begin, 2),
     )
     return Compiled(plan, record)

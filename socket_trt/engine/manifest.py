@@ -14,7 +14,7 @@ from socket_trt.runtime.session import SessionLimits
 from socket_trt.weights import FileRecord, TensorLocation, check_files, sha256_of
 
 # Raised with every change that an older or newer release could misread.
-FORMAT = 2
+FORMAT = 3
 
 MANIFEST_FILE = "build.json"
 GRAPH_FILE = "model.onnx"
@@ -74,7 +74,8 @@ class WeightsRecord(_Record):
 class PlanRecord(_Record):
     """TensorRT's plan of the graph, and what it runs with: a plan fits one TensorRT, one GPU and one plugin.
 
-    max_step_tokens  tokens a step may have;  max_pages  pages the pool of a session may have
+    max_step_tokens     tokens a step may have;  max_pages  pages the pool of a session may have
+    optimization_level  of TensorRT's builder
     """
 
     file: str
@@ -87,6 +88,7 @@ class PlanRecord(_Record):
     plugin_sha256: str
     max_step_tokens: int
     max_pages: int
+    optimization_level: int
     build_seconds: float
 
 
