@@ -15,13 +15,18 @@ from socket_trt.progress import Silent
 SOCKET = SocketConfig(sink=8, window=8, budget_tokens=0, budget_permille=100, page_size=16)
 MAX_SEQ_LEN = 512
 
+# Each goes when the process ends.
+_TEMPORARY: list[tempfile.TemporaryDirectory[str]] = []
+
 
 @functools.cache
 def tiny_engine(dtype: str = "float32", **changes: object) -> Path:
     """An engine of `tiny`; read it, do not write to it (`copy_engine` makes one that may be written to)."""
     socket_changes = {key: value for key, value in changes.items() if key in SocketConfig.model_fields}
     options = {key: value for key, value in changes.items() if key not in socket_changes}
-    directory = Path(tempfile.mkdtemp(prefix="socket-trt-test-")) / "engine"
+    temporary = tempfile.TemporaryDirectory(prefix="socket-trt-test-")
+    _TEMPORARY.append(temporary)
+    directory = Path(temporary.name) / "engine"
     socket = SocketConfig.create(**SOCKET.model_dump() | socket_changes)
     build_options = BuildOptions(socket, dtype=dtype, **{"max_seq_len": MAX_SEQ_LEN} | options)  # type: ignore[arg-type]
     build_engine(resolve_model("tiny"), directory, build_options, Silent())

@@ -227,11 +227,21 @@ class Builder:
             config.progress_monitor.phase_finish("Building Engine")
         model = network.model
         assert model is not None
+        ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in model.graph.input}
+        ranks |= {value.name: len(value.dims) for value in model.graph.initializer}
+        ranks |= {value.name: len(value.type.tensor_type.shape.dim) for value in model.graph.value_info}
         transposes = []
         for layer in network.layers:
             if isinstance(layer, IMatrixMultiplyLayer) and layer.op1 == "transpose":
                 weight, name = layer.get_input(1).name, f"{layer.name}/transposed"
-                transposes.append(onnx.helper.make_node("Transpose", [weight], [name], perm=[0, 2, 1]))
+                transposes.append(
+                    onnx.helper.make_node(
+                        "Transpose",
+                        [weight],
+                        [name],
+                        perm=[*range(ranks[weight] - 2), ranks[weight] - 1, ranks[weight] - 2],
+                    )
+                )
                 layer.node.input[1] = name
         nodes = [*transposes, *(layer.node for layer in network.layers)]
         del model.graph.node[:]

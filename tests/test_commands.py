@@ -31,7 +31,7 @@ def test_eight_six(machine: FakeMachine) -> None:
     assert {"--fp16", "--skipInference", "--preview=+profileSharing0806"} <= set(shlex.split(trtexec))
     (types,) = options_of(trtexec, "layerPrecisions")
     assert types.startswith("*:fp16,")
-    assert types.count(":fp32") == 5 * 6 + 1 + 3 + 1  # norms and their epsilon; the rotary table's product, ..., sine
+    assert types.count(":fp32") == 5 * 6 + 3 + 1  # norms; the rotary table's product, concatenation, cosine and sine
     assert options_of(trtexec, "layerOutputTypes") == [types]
     (largest,) = options_of(trtexec, "maxShapes")
     assert "input_ids:1,position_ids:1,logits_indices:1,page_table:1x32,past_length:1,query_start:2" in largest

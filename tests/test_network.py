@@ -106,12 +106,21 @@ def test_types_tell_what_is_float32_in_a_float16_graph() -> None:
     assert not graph.float32 & graph.float16
 
 
-@pytest.mark.parametrize(("major", "shared"), [(8, 0), (10, 1)])
-def test_layers_share_no_scalar_where_tensorrt_would_copy_it(major: int, shared: int) -> None:
-    """The norms' epsilon: `test_the_network_computes_what_the_graph_computes` says that the value stays."""
-    graph = load_network(EngineDirectory.open(tiny_engine("float16")), major).model.graph
-    scalars = [v for v in graph.initializers.values() if v.shape == () and v.dtype == ir.DataType.FLOAT]
-    assert len([value for value in scalars if len(value.uses()) > 1]) == shared
+def test_hidden_states_are_matrices_where_tensorrt_times_every_layout_of_three_axes(tmp_path: Path) -> None:
+    """Up to the last: what takes the rows whose logits are wanted.  Rotary tables and attention have four axes."""
+    for family in ("llama3.2", "gemma2", "phi3", "qwen3"):
+        engine = family_engine(family, tmp_path / family, torch.float16)
+        wide = {
+            major: [
+                node.op_type
+                for node in load_network(engine, major).model.graph
+                if node.outputs[0].shape is not None and len(node.outputs[0].shape) == 3
+            ]
+            for major in (8, 10)
+        }
+        assert len(wide[10]) > 40
+        assert set(wide[8]) <= {"Unsqueeze", "Transpose", "GatherND", "MatMul", "Div", "Tanh", "Mul"}
+        assert len(wide[8]) <= 12
 
 
 def test_attributes_can_be_changed() -> None:

@@ -10,8 +10,8 @@ import dataclasses
 
 import onnx_ir as ir
 
-from socket_trt import names
 from socket_trt.onnx.opset17 import lower_to_opset17
+from socket_trt.onnx.rank2 import drop_leading_one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +38,14 @@ def network_graph(model: ir.Model, opset17: bool = False) -> NetworkGraph:
     """Prepare `model`, which is changed in place.  `opset17`: for TensorRT 8.6, whose parser knows no later one.
 
     External initializers become inputs; a cast from the checkpoint's dtype behind one goes.  A weight that is, transposed,
-    the right operand of a matrix product gets a leading axis of one, the rank of what it is multiplied with: TensorRT
-    then needs no reshape between them.
+    the right operand of a product with three axes gets a leading axis of one: TensorRT then needs no reshape between them.
     """
     model.functions.clear()
     if opset17 and model.graph.opset_imports[""] > 17:
         lower_to_opset17(model)
     _powers_by_products(model.graph)
     if opset17:
-        _scalars_by_tensors(model.graph)
+        drop_leading_one(model.graph)
     weights = _weights_to_inputs(model.graph)
     transposed = [name for weight in weights for name in _lead_with_one(model.graph, weight)]
     values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
@@ -100,42 +99,6 @@ def _multiply(graph: ir.Graph, after: ir.Node, one: ir.Value, other: ir.Value, l
     return node
 
 
-def _scalars_by_tensors(graph: ir.Graph) -> None:
-    """Scalars that several layers share (a norm's epsilon) as values that one node computes.
-
-    TensorRT 8.6 copies a constant for every layer that takes it, and then compiles and times the same kernel for each
-    of them anew.  `query_start` begins with 0: a scalar is that 0, plus itself.
-    """
-    zeros: dict[ir.DataType, ir.Value] = {}
-    first = graph[0]
-    for value in list(graph.initializers.values()):
-        users = value.uses()
-        if value.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16) or value.shape != () or len(users) < 2:
-            continue
-        if value.dtype not in zeros:
-            zeros[value.dtype] = _zero(graph, first, value.dtype)
-        node = ir.node("Add", [zeros[value.dtype], value], name=f"{value.name}/shared")
-        node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = node.name, value.type, ir.Shape([1])
-        graph.insert_before(first, node)
-        for user, index in users:
-            user.replace_input_with(index, node.outputs[0])
-
-
-def _zero(graph: ir.Graph, before: ir.Node, dtype: ir.DataType) -> ir.Value:
-    """The first of `query_start`, as [1] of `dtype`."""
-    name = f"{names.QUERY_START}/{dtype.name.lower()}"
-    (start,) = (value for value in graph.inputs if value.name == names.QUERY_START)
-    index = ir.Value(name=f"{name}/index", const_value=ir.tensor([0], dtype=ir.DataType.INT64, name=f"{name}/index"))
-    graph.register_initializer(index)
-    gather = ir.node("Gather", [start, index], name=f"{name}/first")
-    cast = ir.node("Cast", [gather.outputs[0]], {"to": dtype.value}, name=name)
-    for node, kind in ((gather, start.dtype), (cast, dtype)):
-        node.outputs[0].name, node.outputs[0].shape = node.name, ir.Shape([1])
-        node.outputs[0].dtype = kind
-        graph.insert_before(before, node)
-    return cast.outputs[0]
-
-
 def _weights_to_inputs(graph: ir.Graph) -> list[ir.Value]:
     weights = []
     for name, value in list(graph.initializers.items()):
@@ -159,23 +122,28 @@ def _lead_with_one(graph: ir.Graph, weight: ir.Value) -> list[str]:
     if weight.shape is None or len(weight.shape) != 2:
         return []
     users = [user for user, _ in weight.uses()]
-    transposes = [node for node in users if node.op_type == "Transpose" and _is_right_operand(node.outputs[0])]
-    if not transposes:
-        return []
+    operands = [node for node in users if node.op_type == "Transpose" and _is_right_operand(node.outputs[0])]
+    transposes = [node for node in operands if not _multiplies_a_matrix(node.outputs[0])]
     wide = weight
-    if len(transposes) < len(users):  # a tied embedding is looked up in as well
+    if transposes and len(transposes) < len(users):  # a tied embedding is looked up in as well
         wide = _unsqueeze(graph, weight)
-    wide.shape = ir.Shape([1, *weight.shape])
+    if transposes:
+        wide.shape = ir.Shape([1, *weight.shape])
     for node in transposes:
         node.replace_input_with(0, wide)
         node.attributes["perm"] = ir.AttrInt64s("perm", [0, 2, 1])
         shape = node.outputs[0].shape
         node.outputs[0].shape = ir.Shape([1, *shape]) if shape is not None else None
-    return [str(node.outputs[0].name) for node in transposes]
+    return [str(node.outputs[0].name) for node in operands]
 
 
 def _is_right_operand(value: ir.Value) -> bool:
     return bool(value.uses()) and all(user.op_type == "MatMul" and index == 1 for user, index in value.uses())
+
+
+def _multiplies_a_matrix(value: ir.Value) -> bool:
+    left = [user.inputs[0] for user, _ in value.uses()]
+    return all(one is not None and one.shape is not None and len(one.shape) == 2 for one in left)
 
 
 def _unsqueeze(graph: ir.Graph, weight: ir.Value) -> ir.Value:
