@@ -4,153 +4,32 @@
 // to four) of one KV head of an item, and wait for nobody but each other, at counters in global memory.  All blocks of
 // the grid run at once (a cooperative launch, one block a multiprocessor), so that waiting is safe.
 //
-//   1. Each block scores a sample of its tokens and adds the keys to a histogram of the group, from which all blocks
-//   find
-//      the same bound for each head: very likely the budget's keys are above it, and not many more.
-//   2. Each block scores all of its tokens.  A warp has a run of consecutive tokens, and a *segment* of a list, with
-//   room
-//      for all of them, that takes those above the bound: key and place.  No other score is ever written.
-//   3. The heads share the group's blocks.  Each block reads all that was collected of its head, finds the budget's
-//   last
-//      key, and lists an equal part of the tokens that are chosen, in order of position.
-//   4. It attends to them; the last of a head's blocks joins the parts.
+// 1. Each block scores a sample of its tokens and adds the keys to a histogram of the group, from which all blocks find
+// the same bound for each head: very likely the budget's keys are above it, and not many more.
+//
+// 2. Each block scores all of its tokens.  A warp has a run of consecutive tokens, and a *segment* of a list, with room
+// for all of them, that takes those above the bound: key and place.  No other score is ever written.
+//
+// 3. The heads share the group's blocks.  Each block reads all that was collected of its head, finds the budget's last
+// key, and lists an equal part of the tokens that are chosen, in order of position.
+//
+// 4. It attends to them; the last of a head's blocks joins the parts.
 //
 // Should the sample have misled, so that fewer keys than the budget were collected, the group collects again above a
 // lower bound, and then all of them.
 #include <cmath>
 
-#include "attend_list.cuh"
-#include "key_histogram.cuh"
+#include "fused_select.cuh"
 #include "launchers.h"
-#include "score_pass.cuh"
 
 namespace socket_trt {
 namespace {
 
-constexpr int kMostSets = 16;    // groups that are worth it: with more, a group has too few blocks
-constexpr int kMostBlocks = 32;  // of a group: a thread for every segment
-constexpr int kWarps = 16, kThreads = kWarps * 32;
-constexpr int kHeads = 4;
-constexpr int kRounds = 3;  // of collecting, each above a lower bound
-constexpr int kUnit = Layout<1, 64>::kUnit, kOwnTokens = Layout<1, 64>::kOwnTokens, kPiece = Layout<1, 64>::kQuadTokens;
-constexpr int kOffsetBits = 18;  // of a collected key's place in its warp's run of tokens
-constexpr uint32_t kOffsets = (1u << kOffsetBits) - 1;
+using namespace fused;
 
-constexpr int kSampleUnits = 64;  // that a group samples, each eight pieces from everywhere
-constexpr int kSampleShift = 5;   // bins of the sample's histogram are so much coarser
-constexpr int kSampleBins = kBins >> kSampleShift;
+constexpr int kMostSets = 16;         // groups that are worth it: with more, a group has too few blocks
+constexpr int kSampleUnits = 64;      // that a group samples, each eight pieces from everywhere
 constexpr int kLeastSampled = 16384;  // tokens; of fewer, all are collected
-
-// What a group shares.  The append kernel leaves zeros here.
-struct alignas(128) Group {
-    uint32_t arrived;  // blocks, at all barriers so far
-    uint32_t collected[kRounds][kHeads];
-    alignas(128) uint32_t sample[kHeads][kSampleBins];
-};
-
-// Dynamic shared memory: what lies where, in bytes from its beginning.  Scoring's own places come first
-// (Places<1, 64>): stages, the look-up table up to address 128 K, more stages, and the planes' sides.
-constexpr int kScoreBytes =
-    2 * kAlignedTable + (kWarps * kStages - kStagesBelowTable) * kStageBytes + sizeof(Sides<1, 64>) - kSystemShared;
-constexpr int kHeldAt = 0, kCountAt = 2 * kAlignedTable - kSystemShared;  // behind the table, wherever memory begins
-constexpr uint32_t kMostHeld = kCountAt / sizeof(uint32_t);
-constexpr int kRingAt = 0, kListAt = kAttendRingBytes;
-constexpr uint32_t kMostListed = 4096;
-constexpr int kSampleAt = kScoreBytes;
-constexpr int kSegmentsAt = kSampleAt + kHeads * kSampleBins * sizeof(uint32_t);
-constexpr int kCoarseAt = kSegmentsAt + (kMostBlocks * kWarps + 2) * sizeof(uint2);
-constexpr int kSumsAt = kCoarseAt + kCoarse * sizeof(uint32_t);
-constexpr int kSharedBytes = kSumsAt + sizeof(WarpSums);
-static_assert(kCountAt + kBins * sizeof(uint32_t) <= kListAt, "the list is written while bins are looked at");
-static_assert(kListAt + kMostListed * sizeof(int32_t) <= kSegmentsAt, "and while segments are");
-static_assert(kCoarseAt % 16 == 0 && kSumsAt % 16 == 0 && kSampleAt % 16 == 0 && kCountAt % 16 == 0, "vectors");
-
-struct Control {
-    uint32_t bound[kRounds][kHeads];
-    uint32_t collected[kHeads];
-    uint32_t scan[33];
-    uint32_t warp_count[2][kWarps];
-    uint32_t threshold, above;
-    uint32_t last;
-};
-
-// All threads call both.  What blocks have written before they arrive is seen by those that have waited for them, if it
-// is read past the multiprocessor's own cache.
-__device__ __forceinline__ void arrive_at_group(Group& group) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(&group.arrived) : "memory");
-    }
-}
-__device__ __forceinline__ void wait_for_group(const Group& group, uint32_t arrivals) {
-    if (threadIdx.x == 0) {
-        uint32_t arrived;
-        do {
-            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(arrived) : "l"(&group.arrived) : "memory");
-        } while (arrived < arrivals);
-    }
-    __syncthreads();
-}
-
-// What a block works on.
-struct Work {
-    int block, blocks;  // of the group
-    int set, index;     // group; item
-    int kv_head, first_head;
-    Heads heads;
-    Item item;
-    int visible, first, last;  // of the positions [visible, length), those in [first, last) are chosen among
-    int budget;                // tokens to choose; 0: none, or all, which then are not chosen among
-    int begin, units;          // of scoring
-    uint32_t fixed_before, listed;
-
-    __device__ explicit Work(const Arguments& a) {
-        const int head_blocks = (a.group + kHeads - 1) / kHeads;
-        blocks = a.fused_blocks;
-        block = blockIdx.x % blocks;
-        set = blockIdx.x / blocks;
-        index = set / head_blocks / a.p.kv_heads;
-        kv_head = set / head_blocks % a.p.kv_heads;
-        const int head_block = set % head_blocks;
-        heads = Heads{head_block * kHeads, min(kHeads, a.group - head_block * kHeads)};
-        first_head = kv_head * a.group + heads.first;
-        item = a.item[index];
-        const Candidates candidates(a, item.length);
-        visible = candidates.visible;
-        first = min(candidates.first, item.length);
-        last = max(candidates.last, first);
-        budget = attended_budget(a, item.length);
-        if (last - first <= budget) {  // all are attended
-            first = last = item.length;
-            budget = 0;
-        }
-        fixed_before = first - visible;
-        listed = min(fixed_before + budget + item.length - last, static_cast<uint32_t>(a.list_stride));
-        begin = candidates.begin();
-        units = (last - begin + kUnit - 1) / kUnit;
-    }
-
-    // First of a block's units, and of a warp's; those of warp kWarps are the next block's.
-    __device__ __forceinline__ int first_unit(int b) const { return units * b / blocks; }
-    __device__ __forceinline__ int first_unit(int b, int warp) const {
-        const int from = first_unit(b);
-        return from + (first_unit(b + 1) - from) * warp / kWarps;
-    }
-    // The head of the group that the block selects and attends for; heads.count: none, it is one of a few to spare.
-    __device__ __forceinline__ int parts() const { return blocks / heads.count; }
-    __device__ __forceinline__ int head() const { return min(block / parts(), heads.count); }
-    __device__ __forceinline__ int segments() const { return blocks * kWarps; }
-    // Of a head of the group, by its number there: a row for all its candidates, and the segments' counts.
-    __device__ __forceinline__ int64_t row(const Arguments& a, int head) const {
-        return static_cast<int64_t>(index) * a.p.query_heads + first_head + head;
-    }
-    __device__ __forceinline__ uint32_t* candidate_row(const Arguments& a, int head) const {
-        return a.candidate + row(a, head) * a.key_stride;
-    }
-    __device__ __forceinline__ uint32_t* counts(const Arguments& a, int head) const {
-        return a.candidates + (set * kHeads + head) * segments();
-    }
-};
 
 // A warp's own places while it scores.
 struct Scoring {
@@ -403,152 +282,6 @@ __device__ uint32_t find_candidates(const Arguments& a, const Work& w, char* sha
         if (__all_sync(~0u, total >= static_cast<uint32_t>(w.budget))) break;
     }
     return own_count;
-}
-
-// What was collected of a head, as segments by position: in shared memory if it fits, else where it was written.
-struct Collected {
-    const uint32_t* row;
-    const uint2* segment;  // [segments + 1]: number of the first key, and of the first token
-    uint32_t* held;        // nullptr: too many
-    int own_segments;      // of a warp
-
-    // use(exists, key and offset, the offsets' origin) for all that a warp's segments hold, in order.
-    template <typename Use>
-    __device__ __forceinline__ void for_each(Use use) const {
-        const int first = (threadIdx.x >> 5) * own_segments;
-        for (int s = first; s < first + own_segments; s++) {
-            const uint2 from = segment[s];
-            const uint32_t count = segment[s + 1].x - from.x;
-            for (uint32_t i = 0; i < count; i += 32) {
-                const uint32_t own = i + (threadIdx.x & 31);
-                uint32_t entry = 0;
-                if (own < count) entry = held != nullptr ? held[from.x + own] : __ldcg(row + from.y + own);
-                use(own < count, entry, from.y);
-            }
-        }
-    }
-
-    // Count the keys, and hold them.
-    __device__ void load(uint32_t* count) const {
-        constexpr int kAtOnce = 16;
-        const int lane = threadIdx.x & 31, first = (threadIdx.x >> 5) * own_segments;
-        for (int base = 0; base < own_segments; base += kAtOnce) {
-            const int existing = min(kAtOnce, own_segments - base);
-            const uint2* own = segment + first + base;
-            const uint32_t longest = __reduce_max_sync(~0u, lane < existing ? own[lane + 1].x - own[lane].x : 0);
-            for (uint32_t i = lane; i - lane < longest; i += 32) {
-                uint32_t entry[kAtOnce], exists = 0;
-#pragma unroll
-                for (int s = 0; s < kAtOnce; s++) {  // all loads before anything waits for one
-                    if (s < existing && i < own[s + 1].x - own[s].x) {
-                        exists |= 1u << s;
-                        entry[s] = __ldcg(row + own[s].y + i);
-                    }
-                }
-#pragma unroll
-                for (int s = 0; s < kAtOnce; s++) {
-                    if (exists >> s & 1) {
-                        atomicAdd(count + (entry[s] >> kOffsetBits), 1u);
-                        if (held != nullptr) held[own[s].x + i] = entry[s];
-                    }
-                }
-            }
-        }
-    }
-};
-
-// The bin in which the budget ends, into control: all threads call it.
-__device__ void find_threshold(const uint32_t* count, uint32_t* coarse, uint32_t budget, Control& control) {
-    const uint32_t sum = sum_of_bins(count);
-    if ((threadIdx.x & 3) == 0) coarse[threadIdx.x >> 2] = sum;
-    __syncthreads();
-    if (threadIdx.x < 32) {
-        const Found high =
-            find_bin(1, 0, budget, [&](int, int vector) { return reinterpret_cast<const uint4*>(coarse)[vector]; });
-        const uint4* fine = reinterpret_cast<const uint4*>(count + high.bin * kFine);
-        const Found low = find_bin(1, 0, budget - high.above, [&](int, int vector) { return fine[vector]; });
-        if (threadIdx.x == 0) {
-            control.threshold = high.bin * kFine + low.bin;
-            control.above = high.above + low.above;
-        }
-    }
-    __syncthreads();
-}
-
-// Positions of the chosen tokens whose places in the list are [from, until), to list[place - from].
-__device__ void list_chosen(const Arguments& a, const Work& w, int head, uint32_t own_count, char* shared,
-                            Control& control, uint32_t from, uint32_t until, int32_t* list) {
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, segments = w.segments();
-    uint2* segment = reinterpret_cast<uint2*>(shared + kSegmentsAt);
-    uint32_t total;
-    const uint32_t before = exclusive_scan(own_count, control.scan, total);
-    if (threadIdx.x < segments) {
-        const int first = w.first_unit(threadIdx.x / kWarps, threadIdx.x % kWarps) * kUnit;
-        segment[threadIdx.x] = make_uint2(before, first);
-    }
-    if (threadIdx.x == 0) segment[segments] = make_uint2(total, 0);
-    __syncthreads();
-    uint32_t* count = reinterpret_cast<uint32_t*>(shared + kCountAt);
-    uint32_t* held = total <= kMostHeld ? reinterpret_cast<uint32_t*>(shared + kHeldAt) : nullptr;
-    const Collected collected{w.candidate_row(a, head), segment, held, w.blocks};
-    collected.load(count);
-    __syncthreads();
-    const uint32_t budget = w.budget;
-    find_threshold(count, reinterpret_cast<uint32_t*>(shared + kCoarseAt), budget, control);
-
-    // What lies before a warp's tokens, and then their own places.
-    const uint32_t threshold = control.threshold, ties = budget - control.above;
-    uint32_t above = 0, tied = 0;
-    collected.for_each([&](bool exists, uint32_t entry, uint32_t) {
-        above += exists && entry >> kOffsetBits > threshold;
-        tied += exists && entry >> kOffsetBits == threshold;
-    });
-    above = __reduce_add_sync(~0u, above);
-    tied = __reduce_add_sync(~0u, tied);
-    if (lane == 0) control.warp_count[0][warp] = above, control.warp_count[1][warp] = tied;
-    __syncthreads();
-    const uint32_t above_before = __reduce_add_sync(~0u, lane < warp ? control.warp_count[0][lane] : 0);
-    const uint32_t tied_before = min(ties, __reduce_add_sync(~0u, lane < warp ? control.warp_count[1][lane] : 0));
-    Progress progress{w.fixed_before + above_before + tied_before, ties - tied_before};
-    if (progress.place >= until || progress.place + above + min(tied, progress.ties_left) <= from) return;
-    collected.for_each([&](bool exists, uint32_t entry, uint32_t origin) {
-        const uint32_t place = progress.take(exists, entry >> kOffsetBits, threshold);
-        if (place >= from && place < until) {
-            list[place - from] = w.begin + static_cast<int>(origin + (entry & kOffsets));
-        }
-    });
-}
-
-// Positions of the tokens that are always attended, likewise; then positions become cache slots, in list and in
-// `slots`.
-__device__ void list_slots(const Arguments& a, const Work& w, uint32_t from, uint32_t until, int32_t* list,
-                           int32_t* slots) {
-    constexpr int kAtOnce = 4;
-    for (uint32_t place = from + threadIdx.x; place < until; place += kThreads) {
-        if (place < w.fixed_before) {
-            list[place - from] = w.visible + place;
-        } else if (place >= w.fixed_before + w.budget) {
-            list[place - from] = w.last + (place - w.fixed_before - w.budget);
-        }
-    }
-    __syncthreads();
-    const uint32_t count = until - from;
-    for (uint32_t base = threadIdx.x; base < count; base += kAtOnce * kThreads) {
-        int slot[kAtOnce];
-#pragma unroll
-        for (int i = 0; i < kAtOnce; i++) {
-            const uint32_t own = base + i * kThreads;
-            // Stages that are run apart may leave a list with holes: it is looked at defensively.
-            const int position = own < count ? clamp(list[own], 0, w.item.length - 1) : 0;
-            slot[i] = (read_page(a, w.item.row, position) << a.page_shift) + (position & (a.p.page_size - 1));
-        }
-#pragma unroll
-        for (int i = 0; i < kAtOnce; i++) {
-            const uint32_t own = base + i * kThreads;
-            if (own < count) list[own] = slots[from + own] = slot[i];
-        }
-    }
-    __syncthreads();
 }
 
 // Attend to a part of a head's list; the last part of a head joins them all.
