@@ -258,9 +258,6 @@ __global__ __launch_bounds__(kThreads, 1) void append_kernel(const __grid_consta
         if (a.combined) {
             for (int i = threadIdx.x; i < a.items * a.select_heads; i += kThreads) a.arrived[i] = 0;
         }
-        for (int i = threadIdx.x; i < a.fused_state_words / 4; i += kThreads) {
-            reinterpret_cast<uint4*>(a.fused_state)[i] = make_uint4(0, 0, 0, 0);
-        }
         if (a.prefill_tiles > 0) list_tiles(a, shared);
     } else if ((block -= 1) < grid.query_blocks) {
         project_queries<T>(a, grid, block);

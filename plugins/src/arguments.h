@@ -57,8 +57,6 @@ struct Arguments {
     int32_t select_blocks;    // blocks that select for one head together: a cluster
     int32_t select_capacity;  // keys that such a block can hold
     int32_t overlapped;       // the device can begin a kernel while the one before it still runs
-    int32_t fused_blocks;     // blocks that decode for a KV head's query heads together; 0: separate kernels do
-    int32_t fused_state_words;
 
     // Workspace.
     Item* item;                 // [items]
@@ -69,9 +67,6 @@ struct Arguments {
     void* score_partial;        // sums so far, where a score takes several passes
     uint32_t* listed;           // [items, select_heads]: slots in the list
     int32_t* slot;              // [items, select_heads, list_stride]: page * page_size + place in the page
-    uint32_t* fused_state;      // [fused_state_words]: zeros before the fused kernel begins
-    uint32_t* candidate;        // [items, Hq, key_stride]: collected keys of the fused kernel, by warp
-    uint32_t* candidates;       // [sets of four query heads, 4, warps]: their number
     int32_t* arrived;           // [items, select_heads]: parts that are done, if they combine themselves
     float* partial_output;      // [items, Hq, splits, D]
     float* partial_stats;       // [items, Hq, splits, 2]: maximum (base 2) and sum

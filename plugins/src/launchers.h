@@ -33,20 +33,10 @@ ScorePlan plan_score_wide(const Arguments& a);
 int plan_select(const Arguments& a, const Device& device);
 int plan_select_capacity(const Device& device);
 
-// How one kernel does all of a sparse decode, by blocks that share the query heads (up to four) of a KV head of an
-// item.
-struct FusedPlan {
-    int blocks;        // of each such set of heads; 0: separate kernels do the decoding
-    bool fits_length;  // false: they do since sequences may be too long
-    int64_t state_words, candidate_counts;
-};
-FusedPlan plan_decode_fused(const Arguments& a, const Device& device);
-
 cudaError_t launch_append(const Arguments& a, cudaStream_t stream);
 cudaError_t launch_score(const Arguments& a, const ScorePlan& plan, cudaStream_t stream);
 cudaError_t launch_score_wide(const Arguments& a, const ScorePlan& plan, cudaStream_t stream);
 cudaError_t launch_select(const Arguments& a, cudaStream_t stream);
-cudaError_t launch_decode_fused(const Arguments& a, cudaStream_t stream);
 cudaError_t launch_combine(const Arguments& a, cudaStream_t stream);
 
 // Allow a kernel its shared memory.  All kernels ask for the same division of a multiprocessor's memory into cache and
@@ -82,12 +72,6 @@ class Launch {
     // Begin while the kernel before still runs (wait_for_previous_kernel in device.cuh): from 9.0 on, too.
     Launch& overlapped(bool on) {
         if (on) add(cudaLaunchAttributeProgrammaticStreamSerialization).val.programmaticStreamSerializationAllowed = 1;
-        return *this;
-    }
-
-    // All blocks run at the same time, or the launch fails.
-    Launch& cooperative() {
-        add(cudaLaunchAttributeCooperative).val.cooperative = 1;
         return *this;
     }
 

@@ -14,12 +14,62 @@
 // 16 bytes so that the lanes of a load find their pieces in different banks.
 #include "device.cuh"
 #include "launchers.h"
-#include "score_pass.cuh"
+#include "mma.cuh"
+#include "score_tables.cuh"
 
 namespace socket_trt {
 namespace {
 
 constexpr int kMaxWarps = 16;
+constexpr int kStages = 2;
+constexpr int kStageBytes = kGroup * 128;
+constexpr int kSystemShared = 1024;  // where a block's own shared memory begins
+constexpr int kStaticShared = 1024;  // at most
+// With 64 columns the table lies on a multiple of its size, so that one byte permutation makes an entry's address.
+constexpr int kAlignedTable = 65536;
+constexpr int kStagesBelowTable = (kAlignedTable - kSystemShared - kStaticShared) / kStageBytes;
+
+// Where table, stages and the planes' sides lie in dynamic shared memory, which begins at address `base`.
+template <int CODE_BYTES, int COLUMNS>
+struct Places {
+    static constexpr bool kAligned = COLUMNS == 64;
+    static constexpr int kTableBytes = Layout<CODE_BYTES, COLUMNS>::kTableBytes;
+    uint32_t base;
+    int stages;
+
+    __host__ __device__ uint32_t table() const { return kAligned ? kAlignedTable : base + stages * kStageBytes; }
+    __host__ __device__ uint32_t stage(int i) const {
+        const bool above = kAligned && i >= kStagesBelowTable;
+        return above ? kAlignedTable + kTableBytes + (i - kStagesBelowTable) * kStageBytes : base + i * kStageBytes;
+    }
+    __host__ __device__ uint32_t sides() const {
+        const int above = kAligned && stages > kStagesBelowTable ? stages - kStagesBelowTable : 0;
+        return table() + kTableBytes + above * kStageBytes;
+    }
+    __host__ __device__ uint32_t end() const { return sides() + sizeof(Sides<CODE_BYTES, COLUMNS>); }
+};
+
+__device__ __forceinline__ void copy_16_bytes(uint32_t to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+}
+__device__ __forceinline__ void commit_copies() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_oldest_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
+}
+__device__ __forceinline__ uint32_t load_word(uint32_t address) {
+    uint32_t x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address));
+    return x;
+}
+__device__ __forceinline__ uint4 load_piece(uint32_t address) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(address));
+    return x;
+}
 
 // What a block scores: an item, and which of the parts that its tokens are split into.
 struct Share {
@@ -57,6 +107,152 @@ __device__ Share find_share(const Arguments& a, int slots, int slot) {
     }
     return Share{-1, 0, 1};
 }
+
+// One warp's way through the codes, and the copies that run ahead of it.
+template <int CODE_BYTES, int COLUMNS>
+class Walk {
+    using L = Layout<CODE_BYTES, COLUMNS>;
+
+  public:
+    // Units first_unit, first_unit + stride, ... below last_unit, of L::kUnit tokens each from position `begin` on, in
+    // `tables` hash tables from `first_table` on.
+    __device__ Walk(const Arguments& a, int row, int kv_head, int begin, int first_unit, int last_unit, int stride,
+                    int first_table, int tables, const uint32_t (&stage)[kStages])
+        : a_(a), begin_(begin), unit_(first_unit), last_(last_unit), stride_(stride), tables_(tables) {
+        const int lane = threadIdx.x & 31;
+        table_row_ = a.p.page_table + static_cast<int64_t>(row) * a.p.pages_per_sequence;
+        const int row_bytes = a.p.page_size * CODE_BYTES;
+        step_ = 4 * row_bytes;
+        page_bytes_ = static_cast<int64_t>(a.p.kv_heads) * a.p.tables * row_bytes;
+        head_ = static_cast<const char*>(a.p.code_cache) +
+                static_cast<int64_t>(kv_head * a.p.tables + first_table + (lane >> 3)) * row_bytes;
+#pragma unroll
+        for (int s = 0; s < kStages; s++) stage_[s] = stage[s] + (lane >> 3) * 128;
+        from_ = piece_of(unit_, load_page(unit_, lane & 7));
+        next_page_ = load_page(unit_ + stride, lane & 7);
+    }
+
+    // Position of one of the eight parts of a unit.
+    __device__ __forceinline__ int position(int unit, int part) const {
+        return begin_ + unit * L::kUnit + part * L::kQuadTokens;
+    }
+    // The page that a part of a unit lies in, as the table has it.
+    __device__ __forceinline__ int load_page(int unit, int part) const {
+        const int at = position(unit, part);
+        return unit < last_ && at < a_.max_length ? __ldg(table_row_ + (at >> a_.page_shift)) : 0;
+    }
+    __device__ __forceinline__ uint32_t checked(int page) const {
+        return static_cast<uint32_t>(page) < static_cast<uint32_t>(a_.p.pages) ? page : 0;
+    }
+
+    // Position up to which the next stage holds codes.
+    __device__ __forceinline__ int end() const { return position(unit_, 8); }
+
+    // Start to copy the next stage: 32 hash tables of a unit, then the next 32, then the next unit.
+    __device__ __forceinline__ void copy() {
+        if (unit_ < last_) {
+            const int lane = threadIdx.x & 31, rows = tables_ - group_ * kGroup;
+            if (rows >= kGroup) {
+                copy_rows([](int) { return true; });
+            } else {
+                copy_rows([&](int i) { return 4 * i + (lane >> 3) < rows; });
+            }
+            if (rows > kGroup) {
+                group_++;
+                from_ += kGroup / 4 * step_;
+            } else {
+                group_ = 0;
+                unit_ += stride_;
+                from_ = piece_of(unit_, next_page_);
+                next_page_ = load_page(unit_ + stride_, lane & 7);
+            }
+        }
+        commit_copies();
+        const uint32_t used = stage_[0];
+#pragma unroll
+        for (int s = 0; s + 1 < kStages; s++) stage_[s] = stage_[s + 1];
+        stage_[kStages - 1] = used;
+    }
+
+  private:
+    // Where this lane's pieces of a unit begin: eight lanes copy a row of 128 bytes, four rows at a time.
+    __device__ __forceinline__ const char* piece_of(int unit, int page) const {
+        static_assert(16 / CODE_BYTES == L::kQuadTokens, "a piece of 16 bytes is a part of a unit");
+        return head_ + checked(page) * page_bytes_ +
+               (position(unit, threadIdx.x & 7) & (a_.p.page_size - 1)) * CODE_BYTES;
+    }
+    template <typename Wanted>
+    __device__ __forceinline__ void copy_rows(Wanted wanted) const {
+        const char* from = from_;
+#pragma unroll
+        for (int i = 0; i < kGroup / 4; i++) {
+            // Rows are turned by two pieces every eight rows.
+            const uint32_t to = stage_[0] + i * 512 + ((threadIdx.x + (i & ~1)) & 7) * 16;
+            if (wanted(i)) copy_16_bytes(to, from);
+            from += step_;
+        }
+    }
+
+    const Arguments& a_;
+    const int* table_row_;
+    const char *head_, *from_;
+    uint32_t stage_[kStages];  // this lane's rows in the stages, the next to be filled first
+    int64_t page_bytes_;
+    int step_, begin_, unit_, last_, stride_, tables_;
+    int group_ = 0, next_page_;
+};
+
+// Add the entries of one stage's codes to the sums of a lane's tokens.  `stage` and `entries` are the lane's own
+// places.
+template <int CODE_BYTES, int COLUMNS>
+__device__ __forceinline__ void look_up(int32_t (&sum)[Layout<CODE_BYTES, COLUMNS>::kProducts][4], uint32_t stage,
+                                        uint32_t entries, const uint32_t (&right)[2]) {
+    using L = Layout<CODE_BYTES, COLUMNS>;
+    const int g = (threadIdx.x & 31) >> 2;
+    constexpr uint32_t kCodes = (L::kRows - 1) | (L::kRows - 1) << 16;
+#pragma unroll 2
+    for (int s = 0; s < 8; s++) {
+        const uint32_t row = (g + s) & 7;
+        const uint4 piece = load_piece(stage + row * 128);
+        const uint32_t word[4] = {piece.x, piece.y, piece.z, piece.w};
+        const uint32_t column = entries + row * 4;
+        const auto entry = [&](int token) {
+            if constexpr (COLUMNS == 64) {  // byte 0: column; byte 1: code; bytes 2 and 3: the table's place
+                return load_word(__byte_perm(word[token / 4], column, 0x7604 | (token & 3) << 4));
+            } else if constexpr (CODE_BYTES == 1) {
+                return load_word(column + (word[token / 4] >> (token & 3) * 8 & 0xff) * L::kRowBytes);
+            } else {
+                return load_word(column + ((word[token / 2] & kCodes) >> (token & 1) * 16 & 0xffff) * L::kRowBytes);
+            }
+        };
+#pragma unroll
+        for (int m = 0; m < L::kProducts; m++) {
+            constexpr int kHalf = L::kOwnTokens;
+            multiply_bytes(sum[m], {entry(2 * m), entry(2 * m + 1), entry(kHalf + 2 * m), entry(kHalf + 2 * m + 1)},
+                           right);
+        }
+    }
+}
+
+// The norms of a lane's tokens.
+template <int TOKENS>
+struct Norms {
+    uint32_t pair[TOKENS / 2];
+
+    __device__ __forceinline__ void load(const uint16_t* from) {
+        if constexpr (TOKENS == 8) {
+            const uint4 x = __ldg(reinterpret_cast<const uint4*>(from));
+            pair[0] = x.x, pair[1] = x.y, pair[2] = x.z, pair[3] = x.w;
+        } else {
+            const uint2 x = __ldg(reinterpret_cast<const uint2*>(from));
+            pair[0] = x.x, pair[1] = x.y;
+        }
+    }
+    __device__ __forceinline__ float2 get(int i, bool half) const {
+        if (half) return __half22float2(*reinterpret_cast<const __half2*>(&pair[i]));
+        return make_float2(__uint_as_float(pair[i] << 16), __uint_as_float(pair[i] & 0xffff0000u));
+    }
+};
 
 template <int TOKENS>
 __device__ __forceinline__ void store_keys(uint16_t* to, const uint32_t (&key)[TOKENS / 2]) {
@@ -96,8 +292,8 @@ __global__ __launch_bounds__(kMaxWarps * 32, 1) void score_kernel(const __grid_c
     uint32_t stage[kStages];
 #pragma unroll
     for (int s = 0; s < kStages; s++) stage[s] = places.stage(warp * kStages + s);
+    const uint32_t right[2] = {g < 4 ? 1u << g * 8 : 0u, g >= 4 ? 1u << (g - 4) * 8 : 0u};
 
-    const QuadSum quad;
     const bool by_kv_head = a.select_heads == a.p.kv_heads;
     Heads heads{0, a.group};
     if (PACKING != kOneSum) heads = Heads{head_block * PACKING, min(PACKING, a.group - head_block * PACKING)};
@@ -106,7 +302,8 @@ __global__ __launch_bounds__(kMaxWarps * 32, 1) void score_kernel(const __grid_c
     const float* probability =
         a.probability +
         (static_cast<int64_t>(share.item) * a.p.query_heads + kv_head * a.group) * a.p.planes_per_table * a.p.tables;
-    const int own_token = lane_token<CODE_BYTES, COLUMNS>();
+    // Of the row g of quads, lane t has the tokens of the first half (t < 2) or the second, and two of four columns.
+    const int own_token = g * L::kQuadTokens + (t >> 1) * L::kOwnTokens;
     uint32_t* partial =
         static_cast<uint32_t*>(a.score_partial) + (lane_index * a.key_stride + begin) * 2 + lane * (2 * L::kProducts);
 
@@ -127,14 +324,16 @@ __global__ __launch_bounds__(kMaxWarps * 32, 1) void score_kernel(const __grid_c
             a, probability, heads, first_table,
             *reinterpret_cast<Sides<CODE_BYTES, COLUMNS>*>(shared + (places.sides() - base)), shared + (table - base));
 
-        uint32_t own_stage[kStages];
+        uint32_t own_stage[kStages];  // this lane's rows, 8 t to 8 t + 7, and in them piece g
 #pragma unroll
-        for (int s = 0; s < kStages; s++) own_stage[s] = lane_stage(stage[s]);
+        for (int s = 0; s < kStages; s++) own_stage[s] = stage[s] + t * 1024 + ((g + 2 * t) & 7) * 16;
         int norm_page = walk.load_page(first_unit + warp, g);
         for (int unit = first_unit + warp; unit < last_unit; unit += warps) {
             const int at = begin + unit * L::kUnit + own_token;
             Norms<L::kOwnTokens> norms;
-            norms.load(a, walk.checked(norm_page), kv_head, at);
+            const int64_t page_head = static_cast<int64_t>(walk.checked(norm_page)) * a.p.kv_heads + kv_head;
+            norms.load(static_cast<const uint16_t*>(a.p.norm_cache) + (page_head << a.page_shift) +
+                       (at & (a.p.page_size - 1)));
             norm_page = walk.load_page(unit + warps, g);
             int32_t sum[L::kProducts][4] = {};
             uint32_t* unit_partial = partial + unit * (2 * L::kUnit);
@@ -145,7 +344,17 @@ __global__ __launch_bounds__(kMaxWarps * 32, 1) void score_kernel(const __grid_c
                     sum[m][0] = x.x & 0xffff, sum[m][1] = x.x >> 16, sum[m][2] = x.y & 0xffff, sum[m][3] = x.y >> 16;
                 }
             }
-            look_up_unit(sum, walk, own_stage, lane_entries(table), tables, quad);
+            for (int first = 0; first < tables; first += kGroup) {
+                wait_for_oldest_copies();
+                __syncwarp();
+                look_up<CODE_BYTES, COLUMNS>(sum, own_stage[0], table + first * 4 + t * 32, right);
+                __syncwarp();
+                walk.copy();
+                const uint32_t used = own_stage[0];
+#pragma unroll
+                for (int s = 0; s + 1 < kStages; s++) own_stage[s] = own_stage[s + 1];
+                own_stage[kStages - 1] = used;
+            }
             if (!last_pass) {
 #pragma unroll
                 for (int m = 0; m < L::kProducts; m++) {
@@ -154,13 +363,39 @@ __global__ __launch_bounds__(kMaxWarps * 32, 1) void score_kernel(const __grid_c
                 }
                 continue;
             }
-            using H = LaneHeads<PACKING>;
-            uint32_t key[H::kCount][L::kOwnTokens / 2];
-            make_keys<CODE_BYTES, COLUMNS, PACKING>(key, sum, norms, a.p.dtype == SOCKET_TRT_FLOAT16);
+            // Scores only order the tokens of their own head: any scale will do that keeps them inside float16.
+            constexpr float kScale = PACKING == kFourHeads ? 0x1p-15f : PACKING == kTwoHeads ? 0x1p-23f : 0x1p-30f;
+            const bool half = a.p.dtype == SOCKET_TRT_FLOAT16;
+            const __half2 largest = __float2half2_rn(65504.f);
+            uint32_t key[2][L::kOwnTokens / 2];
 #pragma unroll
-            for (int i = 0; i < H::kCount; i++) {
-                if (!H::exists(i, heads.count)) continue;
-                const int h = H::head(i);
+            for (int m = 0; m < L::kProducts; m++) {
+                float2 norm = norms.get(m, half);
+                norm.x *= kScale, norm.y *= kScale;
+                const auto pack = [&](float first, float second) {
+                    // Selection compares keys as numbers: none is negative, infinite or NaN, whatever the norm.
+                    const __half2 product = __floats2half2_rn(first * norm.x, second * norm.y);
+                    const __half2 x = __hmax2(__hmin2(product, largest), __float2half2_rn(0.f));
+                    return *reinterpret_cast<const uint32_t*>(&x);
+                };
+                if constexpr (PACKING == kFourHeads) {
+                    key[0][m] = pack(static_cast<float>(sum[m][0]), static_cast<float>(sum[m][2]));
+                    key[1][m] = pack(static_cast<float>(sum[m][1]), static_cast<float>(sum[m][3]));
+                } else if constexpr (PACKING == kTwoHeads) {
+                    key[0][m] = pack(static_cast<float>(sum[m][0] + (sum[m][1] << 8)),
+                                     static_cast<float>(sum[m][2] + (sum[m][3] << 8)));
+                } else {
+                    const int32_t first = sum[m][0] + (sum[m][1] << 8), second = sum[m][2] + (sum[m][3] << 8);
+                    const int32_t first_high = __shfl_xor_sync(~0u, first, 1);
+                    const int32_t second_high = __shfl_xor_sync(~0u, second, 1);
+                    key[0][m] = pack(static_cast<float>(first) + 65536.f * static_cast<float>(first_high),
+                                     static_cast<float>(second) + 65536.f * static_cast<float>(second_high));
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < (PACKING == kFourHeads ? 2 : 1); i++) {
+                const int h = PACKING == kFourHeads ? 2 * (t & 1) + i : t & 1;
+                if (h >= (PACKING == kOneSum ? 1 : heads.count)) continue;
                 const int selecting = by_kv_head ? kv_head : kv_head * a.group + heads.first + h;
                 const int64_t row = static_cast<int64_t>(share.item) * a.select_heads + selecting;
                 store_keys<L::kOwnTokens>(a.score_key + row * a.key_stride + at, key[i]);

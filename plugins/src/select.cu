@@ -9,13 +9,15 @@
 // block has a head for itself.
 #include <cmath>
 
-#include "key_histogram.cuh"
+#include "device.cuh"
 #include "launchers.h"
 
 namespace socket_trt {
 namespace {
 
 constexpr int kThreads = 512;
+constexpr int kBins = 16384;  // a key is the upper 14 of a positive float16's 15 bits
+constexpr int kCoarse = 128, kFine = kBins / kCoarse;
 constexpr int kWarps = kThreads / 32;
 constexpr int kAhead = 4;        // vectors of eight keys that a lane loads ahead
 constexpr int kOffsetBits = 17;  // of a collected key's place
@@ -23,6 +25,15 @@ constexpr uint32_t kOffsets = (1u << kOffsetBits) - 1;
 constexpr int kMaxBlocks = 8;       // of a cluster, on any GPU that has clusters
 constexpr int kLeastTokens = 4096;  // of a block
 constexpr int kMostSamples = 2048, kLeastSamples = 64;
+
+// Where the budget ends.
+struct Found {
+    uint32_t bin;
+    uint32_t above;         // keys in higher bins
+    uint32_t above_before;  // of them, those of the blocks before this one
+    uint32_t ties_before;   // those blocks' keys in the bin itself
+    uint32_t enclosed;      // 0: all keys that were counted are fewer than the budget
+};
 
 struct Shared {
     uint32_t count[kBins];
@@ -74,6 +85,41 @@ __device__ __forceinline__ void store_to_block(uint32_t* word, int block, uint32
 #endif
 }
 
+// One warp's search in the blocks' 128 counters each, from the highest on, for that in which the `wanted`-th key lies.
+// counters(b): those of block b, as vectors of four that the lane reads one of.
+template <typename Counters>
+__device__ Found find_bin(int blocks, int block, uint32_t wanted, Counters counters) {
+    static_assert(kCoarse == 128 && kFine == 128, "four counters a lane");
+    const int lane = threadIdx.x & 31;
+    uint32_t all[4] = {}, before[4] = {};  // the highest first
+#pragma unroll 8
+    for (int other = 0; other < blocks; other++) {
+        const uint4 x = counters(other, 31 - lane);
+        const uint32_t own[4] = {x.w, x.z, x.y, x.x};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            all[i] += own[i];
+            before[i] += other < block ? own[i] : 0;
+        }
+    }
+    const uint32_t sum = all[0] + all[1] + all[2] + all[3];
+    const uint32_t sum_before = before[0] + before[1] + before[2] + before[3];
+    Found mine{127u - lane * 4, inclusive_warp_sum(sum) - sum, inclusive_warp_sum(sum_before) - sum_before, before[0],
+               1};
+    const uint32_t reached = __ballot_sync(~0u, mine.above + sum >= wanted);
+#pragma unroll
+    for (int i = 0; i < 3; i++) {
+        if (mine.bin != 127u - lane * 4 - i || mine.above + all[i] >= wanted) continue;
+        mine.bin--;
+        mine.above += all[i];
+        mine.above_before += before[i];
+        mine.ties_before = before[i + 1];
+    }
+    const int owner = reached ? __ffs(reached) - 1 : 0;
+    return Found{__shfl_sync(~0u, mine.bin, owner), __shfl_sync(~0u, mine.above, owner),
+                 __shfl_sync(~0u, mine.above_before, owner), __shfl_sync(~0u, mine.ties_before, owner), reached != 0};
+}
+
 // Both searches, of the first warp; the blocks' coarse counters lie in shared.coarse.
 __device__ void find_threshold(Shared& shared, int blocks, int block, uint32_t wanted) {
     Found coarse = find_bin(blocks, block, wanted, [&](int other, int vector) {
@@ -92,8 +138,16 @@ __device__ void find_threshold(Shared& shared, int blocks, int block, uint32_t w
 
 // Sums of 128 bins each, told to all blocks.
 __device__ void sum_bins(Shared& shared, int blocks, int block) {
-    static_assert(kThreads == 4 * kCoarse, "four threads a sum");
-    const uint32_t sum = sum_of_bins(shared.count);
+    static_assert(kThreads == 4 * kCoarse && kFine == 4 * 32, "four threads a sum, 32 bins a thread");
+    const uint4* from = reinterpret_cast<const uint4*>(shared.count) + threadIdx.x * 8;
+    uint32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const uint4 x = from[(i + threadIdx.x) & 7];  // turned, against bank conflicts
+        sum += x.x + x.y + x.z + x.w;
+    }
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    sum += __shfl_xor_sync(~0u, sum, 2);
     for (int other = threadIdx.x & 3; other < blocks; other += 4) {
         uint32_t* to = &shared.coarse[block][threadIdx.x >> 2];
         if (blocks == 1) {
@@ -102,6 +156,10 @@ __device__ void sum_bins(Shared& shared, int blocks, int block) {
             store_to_block(to, other, sum);
         }
     }
+}
+
+__device__ __forceinline__ uint32_t bin_of(uint32_t key) {
+    return key >> 1 & (kBins - 1);
 }
 
 // The vectors of eight keys that a warp looks at, and which of their keys are candidates.
@@ -119,12 +177,22 @@ struct Part {
     }
 };
 
+// Of eight keys, the bits of those that are at least `bound`; all are float16 numbers and positive.
+__device__ __forceinline__ uint32_t keys_from(const uint4& keys, uint32_t bound) {
+    const auto mask = [&](uint32_t pair) {
+        return __hge2_mask(*reinterpret_cast<const __half2*>(&pair), *reinterpret_cast<const __half2*>(&bound));
+    };
+    const uint32_t bits = (mask(keys.x) & 0x00020001u) | (mask(keys.y) & 0x00080004u) | (mask(keys.z) & 0x00200010u) |
+                          (mask(keys.w) & 0x00800040u);
+    return (bits | bits >> 16) & 0xff;
+}
+
 // Collect a warp's candidates in bins [least, most), in order; with `counted`, into the histogram too.  Returns their
 // number, of which at most `capacity` are held.
 __device__ uint32_t collect(const Part& part, uint32_t least, uint32_t most, bool counted, uint32_t* held,
                             uint32_t capacity, Shared& shared) {
     const int lane = threadIdx.x & 31;
-    const uint32_t low = bound_of(least), high = bound_of(most);
+    const uint32_t low = least << 1 | least << 17, high = most << 1 | most << 17;
     uint32_t collected = 0;
     for (int base = part.begin; base < part.end; base += 32 * kAhead) {
         uint4 keys[kAhead];
@@ -145,7 +213,8 @@ __device__ uint32_t collect(const Part& part, uint32_t least, uint32_t most, boo
             uint32_t place = until - __popc(wanted);
             for (; wanted; wanted &= wanted - 1) {
                 const int i = __ffs(wanted) - 1;
-                const uint32_t bin = bin_in(keys[v], i);
+                const uint32_t front = i & 2 ? keys[v].y : keys[v].x, back = i & 2 ? keys[v].w : keys[v].z;
+                const uint32_t word = i & 4 ? back : front, bin = bin_of(i & 1 ? word >> 16 : word);
                 const uint32_t offset = (at - part.origin) * 8 + i;
                 if (counted) atomicAdd(&shared.count[bin], 1u);
                 if (place < capacity) held[place++] = bin << kOffsetBits | (offset & kOffsets);
@@ -185,14 +254,27 @@ __device__ uint32_t count_collected(const uint32_t* held, uint32_t count, uint32
     return above | tied << 16;
 }
 
+// Where a warp's next token goes, and how many it may still take of those at the threshold.
+struct Progress {
+    uint32_t place, ties_left;
+};
+
 // List a warp's collected tokens that are above the threshold or the first at it.
 __device__ void put_collected(const List& list, int origin, const uint32_t* held, uint32_t count, uint32_t threshold,
                               Progress& progress) {
+    const uint32_t below = (1u << (threadIdx.x & 31)) - 1;  // lanes before this one
     for (uint32_t base = 0; base < count; base += 32) {
         const uint32_t own = base + (threadIdx.x & 31);
-        const uint32_t entry = own < count ? held[own] : 0;
-        const int place = progress.take(own < count, entry >> kOffsetBits, threshold);
-        if (place >= 0) list.put(place, origin * 8 + static_cast<int>(entry & kOffsets));
+        const uint32_t entry = own < count ? held[own] : 0, bin = entry >> kOffsetBits;
+        const uint32_t tied = __ballot_sync(~0u, own < count && bin == threshold);
+        const bool first_tied = own < count && bin == threshold && __popc(tied & below) < progress.ties_left;
+        const bool taken = own < count && (bin > threshold || first_tied);
+        const uint32_t all = __ballot_sync(~0u, taken);
+        if (taken) {
+            list.put(progress.place + __popc(all & below), origin * 8 + static_cast<int>(entry & kOffsets));
+        }
+        progress.place += __popc(all);
+        progress.ties_left -= min(progress.ties_left, __popc(tied));
     }
 }
 

@@ -171,7 +171,7 @@ class Arena {
 
 struct Plan {
     Arguments arguments;
-    ScorePlan score{};  // unused where one kernel does the decoding
+    ScorePlan score{};
     uint64_t workspace_bytes;
 };
 
@@ -200,12 +200,7 @@ int32_t make_plan(const SocketTrtAttentionParams& p, const Device& device, Plan&
     a.dense_splits = plan_splits(device, static_cast<int64_t>(a.items) * p.kv_heads, length, 256);
     a.sparse_splits = a.sparse ? plan_splits(device, static_cast<int64_t>(a.items) * a.select_heads, listed, 128) : 0;
 
-    const FusedPlan fused = plan_decode_fused(a, device);
-    if (fused.blocks > 0 && fused.fits_length) {
-        a.fused_blocks = fused.blocks;
-        a.fused_state_words = static_cast<int32_t>(fused.state_words);
-        a.sparse_splits = fused.blocks;  // at most, where a head has all of them
-    } else if (a.sparse && a.items > 0) {
+    if (a.sparse && a.items > 0) {
         plan.score = plan_score(a, device);
         a.select_capacity = plan_select_capacity(device);
         a.select_blocks = plan_select(a, device);
@@ -218,13 +213,8 @@ int32_t make_plan(const SocketTrtAttentionParams& p, const Device& device, Plan&
     arena.take(a.prefill_tile, a.prefill_tiles);
     arena.take(a.probability, a.sparse ? heads * p.tables * p.planes_per_table : 0);
     arena.take(a.listed, selecting);
-    const int64_t scored = a.fused_blocks > 0 ? 0 : selecting;
-    arena.take(a.score_key, scored * a.key_stride);
-    arena.take(a.sample_key, scored * (a.key_stride / kSampleTokens));
-    // Also where sequences may be too long for the fused kernel: a smaller step never needs more than a larger one.
-    arena.take(a.fused_state, fused.state_words);
-    arena.take(a.candidate, fused.blocks > 0 ? selecting * a.key_stride : 0);
-    arena.take(a.candidates, fused.candidate_counts);
+    arena.take(a.score_key, selecting * a.key_stride);
+    arena.take(a.sample_key, selecting * (a.key_stride / kSampleTokens));
     char* partial;
     arena.take(partial, plan.score.partial_bytes);
     a.score_partial = partial;
@@ -269,7 +259,7 @@ int32_t run(const Plan& plan, const Device& device, cudaStream_t stream) {
     const Arguments& a = plan.arguments;
     const uint32_t stages = a.p.stages == 0 ? ~0u : a.p.stages;
     // Dense items among sparse ones: short sequences, and several tokens of one sequence where every token is an item.
-    const bool sparse = a.sparse && a.items > 0, fused = a.fused_blocks > 0;
+    const bool sparse = a.sparse && a.items > 0;
     const bool dense = a.items > 0 && (!a.sparse || a.p.min_length > 0 || (a.items_are_tokens && a.items > 1));
     const struct {
         const char* name;
@@ -280,13 +270,11 @@ int32_t run(const Plan& plan, const Device& device, cudaStream_t stream) {
          [](const Plan& x, const Device&, cudaStream_t s) { return launch_append(x.arguments, s); }},
         {"prefill", (stages & SOCKET_TRT_STAGE_PREFILL) != 0 && a.prefill_tiles > 0,
          [](const Plan& x, const Device& d, cudaStream_t s) { return launch_prefill(x.arguments, d, s); }},
-        {"fused decode", (stages & SOCKET_TRT_STAGE_SCORE) != 0 && sparse && fused,
-         [](const Plan& x, const Device&, cudaStream_t s) { return launch_decode_fused(x.arguments, s); }},
-        {"score", (stages & SOCKET_TRT_STAGE_SCORE) != 0 && sparse && !fused,
+        {"score", (stages & SOCKET_TRT_STAGE_SCORE) != 0 && sparse,
          [](const Plan& x, const Device&, cudaStream_t s) { return launch_score(x.arguments, x.score, s); }},
-        {"select", (stages & SOCKET_TRT_STAGE_SELECT) != 0 && sparse && !fused,
+        {"select", (stages & SOCKET_TRT_STAGE_SELECT) != 0 && sparse,
          [](const Plan& x, const Device&, cudaStream_t s) { return launch_select(x.arguments, s); }},
-        {"sparse decode", (stages & SOCKET_TRT_STAGE_ATTEND) != 0 && sparse && !fused,
+        {"sparse decode", (stages & SOCKET_TRT_STAGE_ATTEND) != 0 && sparse,
          [](const Plan& x, const Device& d, cudaStream_t s) { return launch_decode(x.arguments, d, true, s); }},
         {"dense decode", (stages & SOCKET_TRT_STAGE_ATTEND) != 0 && dense,
          [](const Plan& x, const Device& d, cudaStream_t s) { return launch_decode(x.arguments, d, false, s); }},
