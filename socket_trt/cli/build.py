@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from socket_trt.cli.console import RichProgress, out, table
 from socket_trt.cli.extras import needs
 from socket_trt.cli.sizes import human_bytes
-from socket_trt.config import AttentionKind, Selection, SocketConfig, parse_budget
-from socket_trt.engine.manifest import Manifest
+from socket_trt.config import AttentionKind, SocketConfig, parse_budget
+from socket_trt.engine.manifest import BuildDType, Manifest
 from socket_trt.engine.profiles import DEFAULT_MAX_STEP_TOKENS
 
 _DEFAULT = SocketConfig()
-
-
-class SelectionName(str, enum.Enum):
-    """`Selection` by name, as the command line takes it."""
-
-    query_head = Selection.query_head.name
-    kv_head = Selection.kv_head.name
-
-
-class Backend(str, enum.Enum):
-    auto = "auto"
-    onnxruntime = "onnxruntime"
-    tensorrt = "tensorrt"
-
-
-class DType(str, enum.Enum):
-    auto = "auto"
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
-class Weights(str, enum.Enum):
-    external = "external"
-    embedded = "embedded"
 
 
 def build(
@@ -54,11 +28,13 @@ def build(
         typer.Option("--random-weights", help="Draw the weights at random: the model's shapes without a download."),
     ] = False,
     dtype: Annotated[
-        DType, typer.Option(help="Of weights, caches and activations; auto: float32 for ONNX Runtime, else float16.")
-    ] = DType.auto,
+        Literal["auto", BuildDType],
+        typer.Option(help="Of weights, caches and activations; auto: float32 for ONNX Runtime, else float16."),
+    ] = "auto",
     backend: Annotated[
-        Backend, typer.Option(help="What will run the engine; auto: TensorRT where it can.")
-    ] = Backend.auto,
+        Literal["auto", "onnxruntime", "tensorrt"],
+        typer.Option(help="What will run the engine; auto: TensorRT where it can."),
+    ] = "auto",
     attention: Annotated[AttentionKind, typer.Option(help="dense builds the baseline engine.")] = AttentionKind.socket,
     tables: Annotated[int, typer.Option(help="L, hash tables.")] = _DEFAULT.tables,
     planes: Annotated[int, typer.Option(help="R, hyperplanes a table.")] = _DEFAULT.planes,
@@ -72,12 +48,14 @@ def build(
         int, typer.Option(help="Sequences no longer than this are attended densely.")
     ] = _DEFAULT.min_length,
     selection: Annotated[
-        SelectionName, typer.Option(help="Each query head chooses for itself, or a KV head's query heads together.")
-    ] = SelectionName[_DEFAULT.selection.name],
+        Literal["query_head", "kv_head"],
+        typer.Option(help="Each query head chooses for itself, or a KV head's query heads together."),
+    ] = "query_head",
     page_size: Annotated[int, typer.Option(help="Tokens a page of the cache.")] = _DEFAULT.page_size,
     weights: Annotated[
-        Weights, typer.Option(help="external: stay in the checkpoint's files; embedded: copied beside the graph.")
-    ] = Weights.external,
+        Literal["external", "embedded"],
+        typer.Option(help="external: stay in the checkpoint's files; embedded: copied beside the graph."),
+    ] = "external",
     max_batch_size: Annotated[int, typer.Option(help="Rows a step may have at most.")] = 8,
     max_seq_len: Annotated[
         int | None, typer.Option(help="Tokens of a sequence at most; the model's own limit by default.")
@@ -104,7 +82,7 @@ def build(
         window=window,
         **parse_budget(budget),
         min_length=min_length,
-        selection=selection.value,
+        selection=selection,
         page_size=page_size,
         seed=seed,
     )
@@ -112,8 +90,8 @@ def build(
         from socket_trt.engine.build import BuildOptions, build_engine
         from socket_trt.engine.tensorrt import choose_backend
         from socket_trt.models.checkpoint import resolve_model
-    chosen = choose_backend(backend.value, with_plan=plan)
-    automatic = "float32" if chosen == "onnxruntime" else "float16"
+    chosen = choose_backend(backend, with_plan=plan)
+    automatic: BuildDType = "float32" if chosen == "onnxruntime" else "float16"
     progress = RichProgress()
     with progress.task("Resolving the model"):
         source = resolve_model(model, checkpoint, random_weights)
@@ -124,8 +102,8 @@ def build(
             socket=socket,
             attention=attention,
             backend=chosen,
-            dtype=automatic if dtype is DType.auto else dtype.value,  # type: ignore[arg-type]
-            weights=weights.value,
+            dtype=automatic if dtype == "auto" else dtype,
+            weights=weights,
             max_batch_size=max_batch_size,
             max_seq_len=max_seq_len,
             opset=opset,
