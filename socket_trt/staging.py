@@ -11,6 +11,18 @@ from pathlib import Path
 from socket_trt.errors import SocketTrtError
 
 
+def check_replaceable(
+    output: Path, force: bool, replaceable: Callable[[Path], bool], kind_not: str, error_type: type[SocketTrtError]
+) -> None:
+    """Raise `error_type` where `output` exists and may not be replaced; arguments as `staged` has them."""
+    if not output.exists():
+        return
+    if not force:
+        raise error_type(f"{output}: exists; give --force to replace it, or another place")
+    if not output.is_dir() or (any(output.iterdir()) and not replaceable(output)):
+        raise error_type(f"{output}: exists and is {kind_not}; --force replaces only those")
+
+
 @contextlib.contextmanager
 def staged(
     output: Path, force: bool, replaceable: Callable[[Path], bool], kind_not: str, error_type: type[SocketTrtError]
@@ -23,11 +35,7 @@ def staged(
     Raises `error_type`, before the block, where `output` exists and may not be replaced, and where it cannot be
     written.
     """
-    if output.exists():
-        if not force:
-            raise error_type(f"{output}: exists; give --force to replace it, or another place")
-        if not output.is_dir() or (any(output.iterdir()) and not replaceable(output)):
-            raise error_type(f"{output}: exists and is {kind_not}; --force replaces only those")
+    check_replaceable(output, force, replaceable, kind_not, error_type)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))

@@ -193,6 +193,7 @@ def test_a_build_that_fails_leaves_what_was_there(
     ("options", "message"),
     [
         ({"dtype": "bfloat16"}, "no bfloat16"),
+        ({"graph_only": True, "weights": "embedded"}, "leave one of them out"),
         ({"max_batch_size": 0}, "at least one"),
         ({"max_seq_len": 0}, "takes 1 to 8192"),
         ({"max_seq_len": 8193}, "takes 1 to 8192"),

@@ -111,6 +111,20 @@ def test_build_errors_are_one_line_and_leave_nothing(run: Run, arguments: list, 
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_wrong_with_the_request_is_found_before_the_model_is_downloaded(
+    run: Run, engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("socket_trt.models.checkpoint.download", lambda hub_id, weights: asked.append(hub_id))
+    for arguments, message in (
+        (["-o", engine], "exists; give --force"),
+        (["-o", engine.parent, "--force"], "is no engine directory"),
+        (["-o", engine.parent / "new", "--max-batch-size", "0"], "at least one sequence"),
+    ):
+        assert_one_line_error(run("build", "-m", "qwen3-8b", *arguments), message)
+    assert not asked
+
+
 def test_an_unsupported_architecture_and_a_missing_shard(run: Run, tmp_path: Path) -> None:
     other = tmp_path / "gpt2"
     other.mkdir()

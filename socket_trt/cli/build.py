@@ -69,7 +69,9 @@ def build(
     ] = True,
     opset: Annotated[int, typer.Option(help="ONNX opset of the graph, 17 to 23.")] = 18,
     seed: Annotated[int, typer.Option(help="Of the hyperplanes and of random weights.")] = _DEFAULT.seed,
-    graph_only: Annotated[bool, typer.Option("--graph-only", help="Write the graph, no weights.")] = False,
+    graph_only: Annotated[
+        bool, typer.Option("--graph-only", help="Draw no random weights: a graph to look at, or to time on TensorRT.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing engine directory.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
@@ -87,34 +89,31 @@ def build(
         seed=seed,
     )
     with needs("export", "building"):
-        from socket_trt.engine.build import BuildOptions, build_engine
+        from socket_trt.engine.build import BuildOptions, build_engine, check_request
         from socket_trt.engine.tensorrt import choose_backend
         from socket_trt.models.checkpoint import resolve_model
     chosen = choose_backend(backend, with_plan=plan)
     automatic: BuildDType = "float32" if chosen == "onnxruntime" else "float16"
+    options = BuildOptions(
+        socket=socket,
+        attention=attention,
+        backend=chosen,
+        dtype=automatic if dtype == "auto" else dtype,
+        weights=weights,
+        max_batch_size=max_batch_size,
+        max_seq_len=max_seq_len,
+        opset=opset,
+        graph_only=graph_only,
+        with_plan=plan and chosen == "tensorrt",
+        max_step_tokens=max_step_tokens,
+        force=force,
+        seed=seed,
+    )
+    check_request(output, options)
     progress = RichProgress()
     with progress.task("Resolving the model"):
         source = resolve_model(model, checkpoint, random_weights)
-    manifest = build_engine(
-        source,
-        output,
-        BuildOptions(
-            socket=socket,
-            attention=attention,
-            backend=chosen,
-            dtype=automatic if dtype == "auto" else dtype,
-            weights=weights,
-            max_batch_size=max_batch_size,
-            max_seq_len=max_seq_len,
-            opset=opset,
-            graph_only=graph_only,
-            with_plan=plan and chosen == "tensorrt",
-            max_step_tokens=max_step_tokens,
-            force=force,
-            seed=seed,
-        ),
-        progress,
-    )
+    manifest = build_engine(source, output, options, progress)
     if as_json:
         out.print_json(manifest.model_dump_json())
     else:

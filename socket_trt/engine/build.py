@@ -44,7 +44,7 @@ from socket_trt.onnx.export import EXPORT_OPSET, export_model, parameter_shapes,
 from socket_trt.onnx.function import MAX_OPSET, MIN_OPSET
 from socket_trt.onnx.weights import attach_weights
 from socket_trt.progress import Progress
-from socket_trt.staging import staged
+from socket_trt.staging import check_replaceable, staged
 from socket_trt.weights import FileRecord, TensorLocation, index_checkpoint, record_file, sha256_of
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _VERSIONED = ("onnx", "onnxruntime", "onnxscript", "torch", "transformers")
+_KIND_NOT = "no engine directory"
 # Random norms lie around what leaves activations alone; Gemma's norms multiply by one plus their weight.
 _NORM_MEAN = {"gemma2": 0.0}
 
@@ -61,6 +62,7 @@ class BuildOptions:
     """What `socket-trt build` was asked for.
 
     max_seq_len  None: the model's own maximum
+    graph_only   draw no random weights; a checkpoint's stay where they are
     with_plan    build TensorRT's plan here and now; `max_step_tokens` are what a step of it may have
     """
 
@@ -85,11 +87,12 @@ def build_engine(source: ModelSource, output: Path, options: BuildOptions, progr
     Raises ConfigError for options that contradict each other, EngineError where the output cannot be written,
     CheckpointError where the weights are not what the model needs.
     """
-    max_seq_len = _check_options(source, options)
+    check_request(output, options)
+    max_seq_len = _sequence_limit(source, options)
     checkpoint_index = index_checkpoint(source.checkpoint) if source.checkpoint is not None else None
     dtype = TORCH_DTYPES[options.dtype]
     socket = options.socket if options.attention is AttentionKind.socket else options.socket.attends_densely()
-    with staged(output, options.force, _is_engine, "no engine directory", EngineError) as stage:
+    with staged(output, options.force, _is_engine, _KIND_NOT, EngineError) as stage:
         with progress.task("Exporting the graph"):
             model = export_model(source.config, socket, dtype, max_seq_len, options.opset)
         if checkpoint_index is None:
@@ -113,10 +116,16 @@ def build_engine(source: ModelSource, output: Path, options: BuildOptions, progr
     return manifest
 
 
-def _check_options(source: ModelSource, options: BuildOptions) -> int:
-    """The sequence limit, once nothing contradicts anything."""
+def check_request(output: Path, options: BuildOptions) -> None:
+    """What can be found wrong before the model is looked at, which may be a download of hours.
+
+    Raises ConfigError for options that contradict each other, EngineError where `output` may not be replaced.
+    """
+    check_replaceable(output, options.force, _is_engine, _KIND_NOT, EngineError)
     if options.backend == "onnxruntime" and options.dtype == "bfloat16" and not options.graph_only:
         raise ConfigError("ONNX Runtime on CPU has no bfloat16: give --dtype float32 or float16, or --graph-only")
+    if options.graph_only and options.weights == "embedded":
+        raise ConfigError("--graph-only writes no weights, --weights embedded does: leave one of them out")
     if options.max_batch_size < 1:
         raise ConfigError(f"--max-batch-size {options.max_batch_size}: at least one sequence")
     if not MIN_OPSET <= options.opset <= MAX_OPSET:
@@ -125,6 +134,10 @@ def _check_options(source: ModelSource, options: BuildOptions) -> int:
         if options.dtype == "float32":
             raise ConfigError("TensorRT engines compute in float16 or bfloat16: give --dtype float16")
         check_max_step_tokens(options.max_step_tokens, options.max_batch_size)
+
+
+def _sequence_limit(source: ModelSource, options: BuildOptions) -> int:
+    """Tokens of a sequence at most.  Raises ConfigError where the model takes fewer than were asked for."""
     most = int(source.config.max_position_embeddings)
     if options.max_seq_len is None:
         return most

@@ -208,7 +208,7 @@ class EngineDirectory:
         """Raise unless graph and weights are what the build left: EngineError, or CheckpointError for external weights."""
         self.check_graph()
         if self.manifest.weights.mode == "absent":
-            raise EngineError(f"{self.path}: built with --graph-only from random weights: it has none to run with")
+            raise EngineError(f"{self.path}: built with --graph-only, so it has no weights to run with; build again without")
         check_files(self.weights_directory, self.manifest.weights.files)
 
 
