@@ -140,6 +140,23 @@ def test_command(machine: FakeMachine, tmp_path: Path, capsys: pytest.CaptureFix
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("option", "file"),
+    [("--output", "none/r.json"), ("--output", "."), ("--plot", "none/r.png"), ("--plot", "r.table")],
+)
+def test_files_that_cannot_be_written_are_found_before_anything_is_timed(
+    option: str, file: str, machine: FakeMachine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trt = machine.install()
+    engine = machine.compiled()
+    before = len(trt.built)
+    with pytest.raises(SystemExit) as exit_:
+        main(["bench", str(engine.path), "--cases", "1x64", "--random-weights", option, str(tmp_path / file)])
+    assert exit_.value.code == 2
+    assert f"error: {option} {tmp_path / file}" in capsys.readouterr().err
+    assert len(trt.built) == before
+
+
 def test_reports_are_put_together(machine: FakeMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import decode
 

@@ -249,6 +249,12 @@ def test_manifests_that_cannot_be_read(change: object, message: str, tmp_path: P
         EngineDirectory.open(tmp_path)
 
 
+def test_a_manifest_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST_FILE).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(EngineError, match="not a manifest"):
+        EngineDirectory.open(tmp_path)
+
+
 def test_directories_that_are_no_engines(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="no such engine directory"):
         EngineDirectory.open(tmp_path / "nowhere")

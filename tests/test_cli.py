@@ -21,6 +21,7 @@ from socket_trt.cli.main import main
 from socket_trt.cli.sizes import human_bytes
 from socket_trt.engine.plugin import PLUGIN_VARIABLE
 from socket_trt.errors import MissingDependencyError
+from socket_trt.validation.report import ValidationReport
 from tests.engines import tiny_engine
 from tests.families import save_checkpoint
 
@@ -189,8 +190,14 @@ def test_inspect_says_what_is_wrong(run: Run, engine: Path) -> None:
     assert_one_line_error(run("inspect", engine, "--batch", "x"), "give numbers separated by commas")
     (engine / "checkpoint" / "model.safetensors").unlink()
     assert "missing" in json.loads(run("inspect", engine, "--json").out)["state"]
-    (engine / "validation.json").write_text(json.dumps({"engine_graph_sha256": "other", "gates": []}))
+    report = ValidationReport(
+        engine_graph_sha256="other", model="", family="", dtype="", attention="", versions={}, sequence_lengths=[],
+        seconds=0, gates=[],
+    )  # fmt: skip
+    (engine / "validation.json").write_text(report.model_dump_json())
     assert "of another graph" in run("inspect", engine).out
+    (engine / "validation.json").write_text("{")
+    assert "not a report of this release" in json.loads(run("inspect", engine, "--json").out)["validation"]
     assert_one_line_error(run("inspect", engine.parent), "has no build.json")
 
 

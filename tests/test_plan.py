@@ -197,6 +197,17 @@ def test_an_engine_of_onnx_runtime_is_not_compiled() -> None:
         compile_engine(EngineDirectory.open(tiny_engine()), Silent())
 
 
+def test_a_directory_that_cannot_be_written_is_found_before_the_plan_is_built(
+    machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt = machine.install()
+    engine = machine.compiled()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != engine.path)  # as on a read-only mount
+    with pytest.raises(EngineError, match="cannot be written; mount it writable"):
+        compile_engine(engine, Silent())
+    assert len(trt.built) == 1
+
+
 def test_compile_and_inspect(machine: FakeMachine, capsys: pytest.CaptureFixture[str]) -> None:
     machine.install()
     engine = machine.compiled()

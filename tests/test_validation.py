@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +169,16 @@ def test_changed_weights_are_refused(tmp_path: Path) -> None:
         validate_engine(engine, Silent())
     path.unlink()
     with pytest.raises(CheckpointError, match="missing"):
+        validate_engine(engine, Silent())
+
+
+def test_a_directory_that_cannot_be_written_is_found_before_the_gates_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = copy_engine(tiny_engine(), tmp_path / "engine")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != engine.path)  # as on a read-only mount
+    monkeypatch.setattr("socket_trt.validation.validate.make_scenario", lambda *_: pytest.fail("the gates began"))
+    with pytest.raises(EngineError, match="cannot be written; mount it writable"):
         validate_engine(engine, Silent())
 
 

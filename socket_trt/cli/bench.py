@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from socket_trt.cli.console import RichProgress, out, table
 from socket_trt.cli.extras import needs
 from socket_trt.cli.sizes import human_bytes
 from socket_trt.engine.manifest import EngineDirectory
+from socket_trt.errors import ConfigError
 
 if TYPE_CHECKING:
     from socket_trt.benchmark import BenchReport
@@ -41,8 +43,7 @@ def bench(
     with needs("tensorrt", others={"matplotlib": "plot"}):
         from socket_trt.benchmark import BenchOptions, parse_cases, plot, run_benchmark
 
-        if plot_file is not None:
-            import matplotlib  # noqa: F401  (before an hour is spent on what cannot be drawn)
+        _check_outputs(output, plot_file)
     options = BenchOptions(
         cases=parse_cases(cases),
         steps=steps,
@@ -61,6 +62,19 @@ def bench(
         out.print_json(data=report.as_dict())
         return
     print_report(report)
+
+
+def _check_outputs(output: Path | None, plot_file: Path | None) -> None:
+    """Raise ConfigError for a file that could not be written, before an hour is spent on what it is for."""
+    for option, file in (("--output", output), ("--plot", plot_file)):
+        if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+            raise ConfigError(f"{option} {file}: cannot be written; give a file in a directory that can be")
+    if plot_file is not None:
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        kinds = FigureCanvasBase.get_supported_filetypes()
+        if plot_file.suffix.lstrip(".").lower() not in kinds:
+            raise ConfigError(f"--plot {plot_file}: give a file that ends in one of {', '.join(sorted(kinds))}")
 
 
 def print_report(report: BenchReport) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,8 +15,8 @@ from socket_trt.cli.sizes import human_bytes
 from socket_trt.config import parse_numbers
 from socket_trt.engine.manifest import EngineDirectory, Manifest
 from socket_trt.engine.memory import GIB, Capacity, Memory, capacity, memory_of
-from socket_trt.errors import ConfigError, SocketTrtError
-from socket_trt.validation.report import VALIDATION_FILE
+from socket_trt.errors import ConfigError, EngineError, SocketTrtError
+from socket_trt.validation.report import ValidationReport
 
 
 def inspect(
@@ -73,13 +72,15 @@ def _print_commands(engine: EngineDirectory, as_json: bool) -> None:
 
 def _validation(engine: EngineDirectory) -> str:
     """The last validation's outcome, as far as it speaks of this graph."""
-    file = engine.path / VALIDATION_FILE
-    if not file.is_file():
+    try:
+        report = ValidationReport.last(engine.path)
+    except EngineError as error:
+        return str(error)
+    if report is None:
         return f"none; run socket-trt validate {engine.path}"
-    report: dict[str, Any] = json.loads(file.read_text())
-    if report.get("engine_graph_sha256") != engine.manifest.graph.sha256:
+    if report.engine_graph_sha256 != engine.manifest.graph.sha256:
         return "of another graph; validate again"
-    failed = [gate["gate"] for gate in report["gates"] if gate["outcome"] == "failed"]
+    failed = [gate.gate.value for gate in report.gates if gate.outcome == "failed"]
     return f"failed: {', '.join(failed)}" if failed else "passed"
 
 

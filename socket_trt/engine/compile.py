@@ -47,11 +47,13 @@ def compile_engine(
 ) -> Manifest:
     """Write `engine.plan` and `network.onnx`, the graph it was built from, and note both in the manifest.
 
-    Raises EngineError where TensorRT refuses the graph, MissingDependencyError where there is no TensorRT.
+    Raises ConfigError for an engine or options that TensorRT cannot take, EngineError where it refuses the graph or the
+    directory cannot be written, MissingDependencyError where there is no TensorRT.
     """
     if engine.manifest.backend != "tensorrt":
         raise ConfigError(f"{engine.path}: built for ONNX Runtime; build it with --backend tensorrt")
     engine.check_graph()
+    engine.check_writable()
     from socket_trt.engine.tensorrt import open_tensorrt
 
     tensorrt = open_tensorrt()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -154,10 +155,10 @@ class EngineDirectory:
             )
         if not file.is_file():
             raise EngineError(f"{path}: no engine directory: it has no {MANIFEST_FILE}")
-        text = file.read_text()
+        text = file.read_bytes()
         try:
             head = _Head.model_validate_json(text)
-        except ValidationError:
+        except ValidationError:  # of what is no UTF-8 too
             raise EngineError(f"{file}: not a manifest of socket-trt, or damaged; build the engine again") from None
         if head.format != FORMAT:
             raise EngineError(
@@ -186,6 +187,11 @@ class EngineDirectory:
     def tokenizer_file(self) -> Path:
         return self.path / "tokenizer.json"
 
+    def check_writable(self) -> None:
+        """Raise EngineError where nothing can be written here: before minutes are spent on what could not be kept."""
+        if not os.access(self.path, os.W_OK):
+            raise EngineError(f"{self.path}: cannot be written; mount it writable, or work on a copy")
+
     def write(self, manifest: Manifest) -> None:
         """Replace the manifest, at once."""
         partial = self.path / f".{MANIFEST_FILE}.partial"
@@ -208,7 +214,9 @@ class EngineDirectory:
         """Raise unless graph and weights are what the build left: EngineError, or CheckpointError for external weights."""
         self.check_graph()
         if self.manifest.weights.mode == "absent":
-            raise EngineError(f"{self.path}: built with --graph-only, so it has no weights to run with; build again without")
+            raise EngineError(
+                f"{self.path}: built with --graph-only, so it has no weights to run with; build again without"
+            )
         check_files(self.weights_directory, self.manifest.weights.files)
 
 

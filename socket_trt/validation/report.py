@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import enum
+from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
+
+from socket_trt.errors import EngineError
 
 VALIDATION_FILE = "validation.json"
 
@@ -46,6 +49,17 @@ class ValidationReport(BaseModel):
     sequence_lengths: list[int]
     seconds: float
     gates: list[GateResult]
+
+    @classmethod
+    def last(cls, directory: Path) -> ValidationReport | None:
+        """The report in an engine directory; None where there is none.  Raises EngineError where it cannot be read."""
+        file = directory / VALIDATION_FILE
+        if not file.is_file():
+            return None
+        try:
+            return cls.model_validate_json(file.read_bytes())
+        except ValidationError:
+            raise EngineError(f"{file}: not a report of this release; run socket-trt validate {directory}") from None
 
     @property
     def passed(self) -> bool:

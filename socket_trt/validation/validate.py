@@ -36,11 +36,13 @@ def validate_engine(engine: EngineDirectory, progress: Progress, seed: int = 0) 
     PyTorch's answers are read from `reference.npz` where there is one for this seed, else computed.  A TensorRT engine on
     a machine with neither is compared with ONNX Runtime alone.
 
-    Raises EngineError or CheckpointError where the directory cannot be run at all; a gate that fails is in the report.
+    Raises EngineError or CheckpointError where the directory cannot be run or written at all; a gate that fails is in the
+    report.
     """
     G_LOGGER.module_severity = G_LOGGER.CRITICAL  # failures are the report's to tell
     begin = time.perf_counter()
     engine.check()
+    engine.check_writable()
     manifest = engine.manifest
     tolerances = gates.tolerances_of(manifest.backend, manifest.dtype)
     scenario = make_scenario(manifest, seed)
@@ -71,9 +73,10 @@ def validate_engine(engine: EngineDirectory, progress: Progress, seed: int = 0) 
 def record_answers(engine: EngineDirectory, progress: Progress, seed: int = 0) -> Path:
     """Write what PyTorch expects of this engine to `reference.npz` in its directory; needs no TensorRT.
 
-    Raises MissingDependencyError where there is no PyTorch.
+    Raises MissingDependencyError where there is no PyTorch, EngineError or CheckpointError as `validate_engine` does.
     """
     engine.check()
+    engine.check_writable()
     manifest = engine.manifest
     tolerances = gates.tolerances_of(manifest.backend, manifest.dtype)
     scenario = make_scenario(manifest, seed)
