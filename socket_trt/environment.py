@@ -29,6 +29,15 @@ def package_version(name: str) -> str | None:
         return None
 
 
+def tensorrt_version() -> str | None:
+    """Version of the package `tensorrt`, whichever distribution brought it: `tensorrt`, `tensorrt-cu13`, ..."""
+    for name in ("tensorrt", *importlib.metadata.packages_distributions().get("tensorrt", ())):
+        version = package_version(name)
+        if version is not None:
+            return version
+    return None
+
+
 def _first_line(*command: str) -> str | None:
     """First line that a program prints; None where it is not there or fails."""
     if shutil.which(command[0]) is None:
@@ -59,7 +68,7 @@ def nvcc() -> str | None:
 
 def plugin_library() -> Path | None:
     """The plugin library for the TensorRT that is installed; where none is, the one for the newest TensorRT."""
-    installed = package_version("tensorrt")
+    installed = tensorrt_version()
     for version in [installed] if installed else map(str, reversed(TENSORRT_MAJORS)):
         try:
             return find_plugin(version)
@@ -74,8 +83,10 @@ def survey() -> list[Part]:
     return [
         Part("GPU", gpu(), "TensorRT engines, CUDA kernels"),
         Part("driver", driver(), "TensorRT engines, CUDA kernels"),
-        Part("TensorRT", package_version("tensorrt"), "build --backend tensorrt"),
+        Part("TensorRT", tensorrt_version(), "build --backend tensorrt, compile"),
         Part("plugin library", str(library) if library else None, "SocketAttention in TensorRT engines"),
+        Part("cuda-bindings", package_version("cuda-bindings"), "running TensorRT engines"),
+        Part("onnx", package_version("onnx"), "build, compile, validate"),
         Part("nvcc", nvcc(), "building the CUDA kernels and the plugin"),
         Part("triton", package_version("triton"), "compiling the Triton kernels"),
         Part("tritonclient", package_version("tritonclient"), "deploy"),

@@ -242,6 +242,7 @@ def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.delenv(PLUGIN_VARIABLE, raising=False)
     parts = {part["name"]: part for part in json.loads(run("doctor", "--json").out)["parts"]}
     assert set(parts) >= {"GPU", "driver", "TensorRT", "plugin library", "triton", "nvcc", "onnxruntime"}
+    assert set(parts) >= {"cuda-bindings", "onnx"}  # what docs/tensorrt.md says that it tells of
     assert parts["onnxruntime"]["found"]
     text = run("doctor").out
     assert f"socket-trt {__version__}" in text
@@ -252,6 +253,17 @@ def test_doctor(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     (tmp_path / "lib.so").write_text("")
     monkeypatch.setenv(PLUGIN_VARIABLE, str(tmp_path / "lib.so"))
     assert environment.plugin_library() == tmp_path / "lib.so"
+
+
+def test_tensorrt_is_found_whichever_distribution_brought_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    information = tmp_path / "tensorrt_cu12-10.16.1.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: tensorrt-cu12\nVersion: 10.16.1\n")
+    (information / "top_level.txt").write_text("tensorrt\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert environment.tensorrt_version() == "10.16.1"
+    monkeypatch.setattr(sys, "path", [])
+    assert environment.tensorrt_version() is None
 
 
 def test_doctor_reads_what_tools_print(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
