@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from socket_trt.config import OperatorAttributes, code_bits
+from socket_trt.config import OperatorAttributes
 from socket_trt.errors import MissingDependencyError
 from socket_trt.names import INTEGER_INPUTS, OPERATOR_INPUTS
 
@@ -192,19 +192,32 @@ def native_attention(
     """`socket_attention` on CUDA tensors, float16 or bfloat16: output and the four caches after the step.
 
     in_place    update the caches given (and return them) instead of copies
-    output      [1, Hq, N, D] to write to; workspace: bytes to work in, else allocated from PyTorch's pool
+    output      [1, Hq, N, D] in query's dtype to write to, else allocated
+    workspace   uint8, `NativeLibrary.workspace_bytes` of them, to work in, else allocated from PyTorch's pool
+    stages      bits of `STAGES` to run, for benchmarks; 0: all
+
     Nothing is read back from the device: page numbers and lengths out of range are not reported, but harmless.
+    Raises ValueError for a tensor of the wrong device, dtype or shape, NativeError for sizes that the kernels do not
+    cover, MissingDependencyError where the library is not there.
     """
     import torch
 
-    named = dict(
-        zip(
-            _TENSORS,
-            (query, key, value, key_cache, value_cache, code_cache, norm_cache, page_table, past_length, query_start),
-            strict=False,
-        ),
-        planes=planes,
+    from socket_trt.reference.operator import check_shapes
+
+    inputs = (
+        query,
+        key,
+        value,
+        key_cache,
+        value_cache,
+        code_cache,
+        norm_cache,
+        page_table,
+        past_length,
+        query_start,
+        planes,
     )
+    named = dict(zip(OPERATOR_INPUTS, inputs, strict=True))
     for name, tensor in named.items():
         integer = name in INTEGER_INPUTS
         expected = torch.int32 if integer else query.dtype
@@ -214,29 +227,11 @@ def native_attention(
         raise ValueError(
             f"query is {query.dtype} on {query.device}, the native operator takes float16 or bfloat16 on CUDA"
         )
-    tokens, head_size = query.shape[2:]
-    pages, kv_heads, page_size, _ = key_cache.shape
-    tables, rank, _ = planes.shape
-    sequences = page_table.shape[0]
-    words = page_size * code_bits(rank) // 32
-    shapes = {
-        "key": (1, kv_heads, tokens, head_size),
-        "value": (1, kv_heads, tokens, head_size),
-        "key_cache": (pages, kv_heads, attributes.page_size, head_size),
-        "value_cache": (pages, kv_heads, attributes.page_size, head_size),
-        "code_cache": (pages, kv_heads, tables, words),
-        "norm_cache": (pages, kv_heads, attributes.page_size),
-        "past_length": (sequences,),
-        "query_start": (sequences + 1,),
-        "planes": (tables, rank, head_size),
-    }
-    for name, shape in shapes.items():
-        if tuple(named[name].shape) != shape:
-            raise ValueError(f"{name} is {list(named[name].shape)}, expected {list(shape)}")
+    check_shapes(named, attributes)
     library = load_library()
+    given = (key_cache, value_cache, code_cache, norm_cache)
+    key_cache, value_cache, code_cache, norm_cache = given if in_place else (cache.clone() for cache in given)
     caches = (key_cache, value_cache, code_cache, norm_cache)
-    if not in_place:
-        caches = tuple(cache.clone() for cache in caches)  # type: ignore[assignment]
     named |= dict(zip(_TENSORS[3:7], caches, strict=True))
     named = {name: tensor.contiguous() for name, tensor in named.items()}
     if any(named[name].data_ptr() != cache.data_ptr() for name, cache in zip(_TENSORS[3:7], caches, strict=True)):

@@ -262,9 +262,15 @@ def test_min_length_counts_the_current_token() -> None:
         ({"past_length": torch.tensor([63], dtype=torch.int32)}, "page table holds"),
         ({"query_start": torch.tensor([0, 3], dtype=torch.int32)}, "must rise from 0 to at most 2"),
         ({"query_start": torch.tensor([1, 2], dtype=torch.int32)}, "must rise from 0"),
-        ({"query_start": torch.tensor([0, 1, 2], dtype=torch.int32)}, "must have 1 and 2 entries"),
+        ({"query_start": torch.tensor([0, 1, 2], dtype=torch.int32)}, r"query_start is \[3\], expected \[2\]"),
         ({"code_cache": torch.zeros(6, 2, 12, 8, dtype=torch.int32)}, "code_cache is"),
-        ({"key": torch.zeros(1, 3, 2, 32)}, "do not fit"),
+        ({"key": torch.zeros(1, 3, 2, 32)}, r"key is \[1, 3, 2, 32\], expected \[1, 2, 2, 32\]"),
+        ({"key": torch.zeros(1, 2, 3, 32)}, "key is"),
+        ({"value": torch.zeros(1, 2, 1, 32)}, "value is"),
+        ({"value_cache": torch.zeros(6, 2, 16, 1)}, "value_cache is"),
+        ({"norm_cache": torch.zeros(6, 1, 16)}, "norm_cache is"),
+        ({"planes": torch.zeros(12, 6, 16)}, "planes is"),
+        ({"query": torch.zeros(1, 3, 2, 32)}, "3 query heads do not divide among 2 KV heads"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
@@ -274,7 +280,7 @@ def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
 
 
 def test_a_page_size_other_than_the_caches_is_refused() -> None:
-    with pytest.raises(ValueError, match="tokens a page"):
+    with pytest.raises(ValueError, match=r"key_cache is \[6, 2, 16, 32\], expected \[6, 2, 32, 32\]"):
         random_step([(40, 2)], SMALL).with_attributes(page_size=32).reference()
 
 

@@ -7,12 +7,14 @@ at most, L tables, R planes, W = page_size * bits / 32 words, bits = 8 up to 8 p
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from socket_trt.config import OperatorAttributes, code_bits
+from socket_trt.names import OPERATOR_INPUTS
 from socket_trt.reference.hashing import key_codes, pack_codes, unpack_codes
 from socket_trt.reference.selection import attended_set
 
@@ -66,7 +68,21 @@ def socket_attention(
     softmax are computed in `compute_dtype`.
     Raises ValueError where a shape is wrong or a page lies outside the pool.
     """
-    _check(query, key, key_cache, code_cache, page_table, past_length, query_start, planes, attributes)
+    inputs = (
+        query,
+        key,
+        value,
+        key_cache,
+        value_cache,
+        code_cache,
+        norm_cache,
+        page_table,
+        past_length,
+        query_start,
+        planes,
+    )
+    check_shapes(dict(zip(OPERATOR_INPUTS, inputs, strict=True)), attributes)
+    _check_rows(page_table, past_length, query_start, query.shape[2], len(key_cache), attributes.page_size)
     past, start = past_length.tolist(), query_start.tolist()
     wide_planes = planes.to(compute_dtype)
     caches = append(key, value, key_cache, value_cache, code_cache, norm_cache, page_table, past, start, wide_planes)
@@ -95,7 +111,10 @@ def append(
     start: list[int],
     planes: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four caches with this step's keys, values, codes and value norms in their slots."""
+    """The four caches with this step's keys, values, codes and value norms in their slots; shapes as above.
+
+    past [B] and start [B + 1] as numbers; planes [L, R, D] in the dtype to compute projections and norms in.
+    """
     page_size, bits = key_cache.shape[2], code_bits(planes.shape[1])
     rows = [row for row in range(len(past)) for _ in range(start[row], start[row + 1])]
     positions = [past[row] + i for row in range(len(past)) for i in range(start[row + 1] - start[row])]
@@ -122,7 +141,10 @@ def gather_sequence(
     length: int,
     bits: int,
 ) -> Sequence:
-    """The first `length` tokens of the sequence that lives in `pages` (one row of the page table)."""
+    """The first `length` tokens of the sequence that lives in `pages`, one row of the page table [M].
+
+    bits: of a code, `socket_trt.config.code_bits`.
+    """
     used = pages[: -(-length // key_cache.shape[2])].long()
     keys, values = (cache[used].transpose(0, 1).flatten(1, 2)[:, :length] for cache in (key_cache, value_cache))
     codes = unpack_codes(code_cache[used], bits).permute(1, 2, 0, 3).flatten(2)[..., :length]
@@ -142,42 +164,50 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: flo
     return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ values.repeat_interleave(group, 0)
 
 
-def _check(
-    query: Tensor,
-    key: Tensor,
-    key_cache: Tensor,
-    code_cache: Tensor,
-    page_table: Tensor,
-    past_length: Tensor,
-    query_start: Tensor,
-    planes: Tensor,
-    attributes: OperatorAttributes,
+def check_shapes(inputs: Mapping[str, Tensor], attributes: OperatorAttributes) -> None:
+    """Raise ValueError with the first of the operator's inputs whose shape does not go with the others'.
+
+    inputs  by name; query, key_cache, page_table and planes say what the sizes are
+    """
+    query_heads, tokens, head_size = inputs["query"].shape[1:]
+    pages, kv_heads = inputs["key_cache"].shape[:2]
+    tables, rank = inputs["planes"].shape[:2]
+    sequences, row_pages = inputs["page_table"].shape
+    page = attributes.page_size
+    expected = {
+        "query": (1, query_heads, tokens, head_size),
+        "key": (1, kv_heads, tokens, head_size),
+        "value": (1, kv_heads, tokens, head_size),
+        "key_cache": (pages, kv_heads, page, head_size),
+        "value_cache": (pages, kv_heads, page, head_size),
+        "code_cache": (pages, kv_heads, tables, page * code_bits(rank) // 32),
+        "norm_cache": (pages, kv_heads, page),
+        "page_table": (sequences, row_pages),
+        "past_length": (sequences,),
+        "query_start": (sequences + 1,),
+        "planes": (tables, rank, head_size),
+    }
+    for name, shape in expected.items():
+        if tuple(inputs[name].shape) != shape:
+            raise ValueError(f"{name} is {list(inputs[name].shape)}, expected {list(shape)}")
+    if query_heads % kv_heads:
+        raise ValueError(f"{query_heads} query heads do not divide among {kv_heads} KV heads")
+
+
+def _check_rows(
+    page_table: Tensor, past_length: Tensor, query_start: Tensor, tokens: int, pages: int, page_size: int
 ) -> None:
-    """Raise ValueError with the first thing that is wrong."""
-    pages, kv_heads, page_size, head_size = key_cache.shape
-    tables, rank, _ = planes.shape
-    sequences, row_pages = page_table.shape
-    words = page_size * code_bits(rank) // 32
-    if page_size != attributes.page_size:
-        raise ValueError(
-            f"the caches hold {page_size} tokens a page, the attribute page_size says {attributes.page_size}"
-        )
-    if query.shape[0] != 1 or key.shape[1] != kv_heads or query.shape[1] % kv_heads or query.shape[3] != head_size:
-        raise ValueError(
-            f"query {list(query.shape)} and key {list(key.shape)} do not fit key_cache {list(key_cache.shape)}"
-        )
-    if list(code_cache.shape) != [pages, kv_heads, tables, words]:
-        raise ValueError(f"code_cache is {list(code_cache.shape)}, expected {[pages, kv_heads, tables, words]}")
-    if list(past_length.shape) != [sequences] or list(query_start.shape) != [sequences + 1]:
-        raise ValueError(f"past_length and query_start must have {sequences} and {sequences + 1} entries")
+    """Raise ValueError with the first row that holds more than it can, or names a page that is not there."""
     start = query_start.tolist()
-    if start[0] != 0 or start != sorted(start) or start[-1] > query.shape[2]:
-        raise ValueError(f"query_start must rise from 0 to at most {query.shape[2]}, got {start}")
+    if start[0] != 0 or start != sorted(start) or start[-1] > tokens:
+        raise ValueError(f"query_start must rise from 0 to at most {tokens}, got {start}")
     for row, past in enumerate(past_length.tolist()):
         length = past + start[row + 1] - start[row]
         used = -(-length // page_size)
-        if past < 0 or used > row_pages:
-            raise ValueError(f"sequence {row} has {length} tokens, its row of the page table holds {row_pages} pages")
+        if past < 0 or used > page_table.shape[1]:
+            raise ValueError(
+                f"sequence {row} has {length} tokens, its row of the page table holds {page_table.shape[1]} pages"
+            )
         row_table = page_table[row, :used]
         if used and (int(row_table.min()) < 0 or int(row_table.max()) >= pages):
             raise ValueError(f"sequence {row} names a page outside the pool of {pages} pages")
