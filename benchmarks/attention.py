@@ -41,7 +41,7 @@ class Shape:
     permille: int = 30
     budget_tokens: int = 0
     selection: str = "query_head"
-    goal: tuple[float, float] | None = None  # issue 3: must and aim
+    goal: tuple[float, float] | None = None  # ratio to dense to reach: at least, and hoped for
 
     @property
     def config(self) -> SocketConfig:
@@ -132,7 +132,7 @@ class Inputs:
         attributes = self.attributes.replace(min_length=INT32_MAX) if dense else self.attributes
         native_attention(
             *self.tensors, attributes, in_place=True, output=self.output, workspace=workspace, stages=stages
-        )  # type: ignore[call-arg]
+        )
 
     def sdpa(self, backend: SDPBackend) -> Tensor:
         """The same bytes as contiguous keys and values."""
@@ -334,7 +334,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="directory for the results; without it they are only printed")
-    parser.add_argument("--only-goals", action="store_true", help="only the shapes for which issue 3 sets a goal")
+    parser.add_argument("--only-goals", action="store_true", help="only the shapes that have a goal")
     parser.add_argument("--no-prefill", action="store_true")
     arguments = parser.parse_args()
     load_library().prepare()

@@ -22,12 +22,6 @@ from socket_trt.engine.compile import compile_engine
 from socket_trt.engine.manifest import MANIFEST_FILE, EngineDirectory
 
 KEPT = 30  # per mille
-LLAMA3_8B: dict[str, Any] = {
-    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "head_dim": 128,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 1 << 20, "rope_theta": 500000.0,
-    "rms_norm_eps": 1e-5, "bos_token_id": 128000, "eos_token_id": 128001, "tie_word_embeddings": False,
-}  # fmt: skip
-
 # Engines: layers, the method's parameters, limits, and what is timed.  The one-layer case is the one that the method's
 # authors published.
 ENGINES: dict[str, dict[str, Any]] = {
@@ -54,12 +48,16 @@ def export(name: str, directory: Path) -> None:
     """The graph of one of `ENGINES`; needs PyTorch."""
     from socket_trt.engine.build import BuildOptions, build_engine
     from socket_trt.models.checkpoint import resolve_model
+    from socket_trt.models.presets import find_preset
 
     wanted = ENGINES[name]
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / name
         model.mkdir()
-        (model / "config.json").write_text(json.dumps(LLAMA3_8B | {"num_hidden_layers": wanted["layers"]}))
+        # Longer contexts than the model was made for: its shapes are wanted, not its answers.
+        config = find_preset("llama3-8b").config
+        changed = {"num_hidden_layers": wanted["layers"], "max_position_embeddings": 1 << 20}
+        (model / "config.json").write_text(json.dumps(config | changed))
         options = BuildOptions(
             wanted["socket"],
             backend="tensorrt",

@@ -114,6 +114,11 @@ def index_checkpoint(directory: Path) -> dict[str, TensorLocation]:
     return tensors
 
 
+def is_norm(name: str) -> bool:
+    """Whether a weight scales a norm's output, by its name in the checkpoint."""
+    return "norm" in name.rsplit(".", 2)[-2]
+
+
 def map_tensor(directory: Path, location: TensorLocation) -> npt.NDArray[np.generic]:
     """The tensor as a read-only memory map; bfloat16 as uint16 bits."""
     path = directory / location.file

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from socket_trt.weights import INDEX_FILE, ITEM_SIZE, SINGLE_FILE, TensorLocation
+from socket_trt.weights import INDEX_FILE, ITEM_SIZE, SINGLE_FILE, TensorLocation, is_norm
 
 SHARD_BYTES = 4 << 30
 SAFETENSORS_DTYPE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -81,8 +81,7 @@ def random_tensor(name: str, shape: tuple[int, ...], std: float, norm_mean: floa
     """A weight drawn from N(0, std^2), a norm's from N(norm_mean, std^2); the same for the same name and seed."""
     generator = np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
     values = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
-    is_norm = "norm" in name.rsplit(".", 2)[-2]
-    return values.mul_(std).add_(norm_mean if is_norm else 0.0)
+    return values.mul_(std).add_(norm_mean if is_norm(name) else 0.0)
 
 
 def _header(entries: dict[str, tuple[str, tuple[int, ...], tuple[int, int]]]) -> bytes:

@@ -80,10 +80,15 @@ def fake_model(
 def export_model(
     config: PretrainedConfig, socket: SocketConfig, dtype: torch.dtype, max_seq_len: int, opset: int = EXPORT_OPSET
 ) -> ir.Model:
-    """The graph of DESIGN section 3: packed tokens, paged caches, `SocketAttention` nodes.
+    """The graph of docs/engine-directory.md: packed tokens, paged caches, `SocketAttention` nodes.
 
-    config: a supported configuration (`families.check_supported`).  dtype: T, of weights, caches and activations.
-    opset: 17 to 23.  Initializers named as the checkpoint's tensors hold no data yet.
+    config       a supported configuration (`families.check_supported`)
+    dtype        T, of weights, caches and activations
+    max_seq_len  tokens of the longest sequence, for which longrope's frequencies are chosen
+    opset        17 to 23
+
+    Initializers named as the checkpoint's tensors hold no data yet.
+    Raises GraphError for a graph that opset 17 cannot say.
     """
     model, mode = fake_model(config, dtype, max_seq_len)
     size = head_size(config)

@@ -16,7 +16,7 @@ from socket_trt.engine.manifest import EngineDirectory, Manifest
 from socket_trt.errors import CheckpointError
 from socket_trt.progress import Progress
 from socket_trt.runtime.cuda import DeviceBuffer, Event, PinnedBuffer, Stream
-from socket_trt.weights import TensorLocation, map_tensor
+from socket_trt.weights import TensorLocation, is_norm, map_tensor
 
 ALIGNMENT = 256
 STAGING_BYTES = 64 << 20
@@ -159,11 +159,6 @@ def convert(source: Array, stored: str, dtype: str, target: npt.NDArray[np.uint1
         lost = infinite & np.isfinite(source.astype(np.float64) if stored == "F64" else wide)
         if lost.any():
             raise OverflowError(f"{float(np.abs(wide[lost]).max()):g}")
-
-
-def is_norm(name: str) -> bool:
-    """Whether a weight scales a norm's output, by its name in the checkpoint."""
-    return "norm" in name.rsplit(".", 2)[-2]
 
 
 def fill_randomly(

@@ -71,14 +71,7 @@ def whole_model(
     known = KnownAnswers(
         ({names.LOGITS: logits} for logits in reference.logits()), "transformers", feed_dict(scenario.steps[0])
     )
-    worst, passed = _compare_logits(known, open_dense, scenario, tolerances)
-    return GateResult(
-        gate=Gate.whole_model,
-        outcome="passed" if passed else "failed",
-        measured=f"logits differ by {worst:.1e}",
-        bound=f"{tolerances.logits:.0e} absolute + relative",
-        detail=f"{len(scenario.steps)} steps of prefill, chunked prefill and decode against transformers",
-    )
+    return _logits_gate(Gate.whole_model, known, "transformers", open_dense, scenario, tolerances)
 
 
 def runtimes(
@@ -86,26 +79,26 @@ def runtimes(
 ) -> GateResult:
     """The same graph on TensorRT and on ONNX Runtime, its budget keeping everything."""
     other = SessionRunner(open_onnxruntime, "onnxruntime", scenario.steps[0])
-    worst, passed = _compare_logits(other, open_dense, scenario, tolerances)
-    return GateResult(
-        gate=Gate.runtimes,
-        outcome="passed" if passed else "failed",
-        measured=f"logits differ by {worst:.1e}",
-        bound=f"{tolerances.logits:.0e} absolute + relative",
-        detail=f"{len(scenario.steps)} steps of prefill, chunked prefill and decode against ONNX Runtime",
-    )
+    return _logits_gate(Gate.runtimes, other, "ONNX Runtime", open_dense, scenario, tolerances)
 
 
-def _compare_logits(
-    expected: BaseRunner, open_session: OpenSession, scenario: Scenario, tolerances: Tolerances
-) -> tuple[float, bool]:
-    """Largest difference, and whether the tolerance holds."""
+def _logits_gate(
+    gate: Gate, expected: BaseRunner, whose: str, open_session: OpenSession, scenario: Scenario, tolerances: Tolerances
+) -> GateResult:
+    """Logits of a session in every step, against those of `expected`."""
     runners = [expected, SessionRunner(open_session, "engine", scenario.steps[0])]
     results = Comparator.run(runners, data_loader=[feed_dict(step) for step in scenario.steps])
     compare = SimpleCompareFunc(atol=tolerances.logits, rtol=tolerances.logits, check_error_stat="elemwise")
     passed = bool(Comparator.compare_accuracy(results, compare_func=compare))
     pairs = zip(results[expected.name], results["engine"], strict=True)
-    return max(float(np.abs(a[names.LOGITS] - b[names.LOGITS]).max()) for a, b in pairs), passed
+    worst = max(float(np.abs(a[names.LOGITS] - b[names.LOGITS]).max()) for a, b in pairs)
+    return GateResult(
+        gate=gate,
+        outcome="passed" if passed else "failed",
+        measured=f"logits differ by {worst:.1e}",
+        bound=f"{tolerances.logits:.0e} absolute + relative",
+        detail=f"{len(scenario.steps)} steps of prefill, chunked prefill and decode against {whose}",
+    )
 
 
 def operators(engine: EngineUnderTest, reference: Reference, tolerances: Tolerances) -> GateResult:

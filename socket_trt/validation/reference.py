@@ -17,7 +17,7 @@ from socket_trt.config import OperatorAttributes, code_bits
 from socket_trt.engine.manifest import EngineDirectory, Manifest
 from socket_trt.errors import EngineError
 from socket_trt.validation.scenario import Scenario
-from socket_trt.validation.selection_probe import Arrays, decode_rows, written_codes
+from socket_trt.validation.selection_probe import Arrays, cache_slots, decode_rows, written_codes
 
 REFERENCE_FILE = "reference.npz"
 GREEDY_PROMPT, GREEDY_TOKENS = 512, 24
@@ -225,16 +225,6 @@ class RecordedReference(Reference):
         tokens: list[int] = self._arrays["greedy/tokens"].tolist()
         prompt = greedy_prompt(self._manifest, self._scenario)
         return GreedyText(prompt, tokens, self._arrays["greedy/logits"])
-
-
-def cache_slots(inputs: Arrays) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
-    """Page and slot of each token of the step, and how many tokens there are."""
-    start, past, table = inputs["query_start"], inputs["past_length"], inputs["page_table"]
-    page_size = inputs["key_cache"].shape[2]
-    rows = np.repeat(np.arange(len(past)), np.diff(start))
-    position = past[rows] + np.arange(start[-1]) - start[rows]
-    pages: npt.NDArray[np.int64] = table[rows, position // page_size].astype(np.int64)
-    return pages, (position % page_size).astype(np.int64), int(start[-1])
 
 
 def _written(cache: npt.NDArray[Any], inputs: Arrays) -> npt.NDArray[Any]:

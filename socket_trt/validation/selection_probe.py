@@ -82,14 +82,21 @@ def attention_over(
     return attended
 
 
+def cache_slots(inputs: Arrays) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
+    """Page and slot of each token of the step, int64 [tokens] each, and how many tokens there are."""
+    start, past, table = inputs["query_start"], inputs["past_length"], inputs["page_table"]
+    page_size = inputs["key_cache"].shape[2]
+    rows = np.repeat(np.arange(len(past)), np.diff(start))
+    position = past[rows] + np.arange(start[-1]) - start[rows]
+    pages: npt.NDArray[np.int64] = table[rows, position // page_size].astype(np.int64)
+    return pages, (position % page_size).astype(np.int64), int(start[-1])
+
+
 def written_codes(code_cache: npt.NDArray[np.int32], inputs: Arrays) -> npt.NDArray[np.int64]:
     """Codes that the step wrote, int64 [tokens, Hkv, L], read out of the code cache after it."""
     bits = code_bits(inputs["planes"].shape[1])
-    page_size, per_word = inputs["key_cache"].shape[2], 32 // bits
-    start, past, table = inputs["query_start"], inputs["past_length"], inputs["page_table"]
-    rows = np.repeat(np.arange(len(past)), np.diff(start))
-    position = past[rows] + np.arange(start[-1]) - start[rows]
-    slot = position % page_size
-    words = code_cache[table[rows, position // page_size], :, :, slot // per_word].astype(np.int64)
+    per_word = 32 // bits
+    pages, slot, _ = cache_slots(inputs)
+    words = code_cache[pages, :, :, slot // per_word].astype(np.int64)
     codes: npt.NDArray[np.int64] = (words >> (bits * (slot % per_word))[:, None, None]) & (2**bits - 1)
     return codes

@@ -15,7 +15,7 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.common import TensorMetadata
 
 from socket_trt import names
-from socket_trt.config import OperatorAttributes
+from socket_trt.config import OperatorAttributes, code_bits
 from socket_trt.engine.manifest import Manifest
 from socket_trt.engine.plan import build_network_plan
 from socket_trt.engine.tensorrt import TensorRT
@@ -31,10 +31,9 @@ _CACHES = names.OPERATOR_INPUTS[3:7]
 def _plan(tensorrt: TensorRT, attributes: OperatorAttributes, shape: tuple[int, int, int, int, int]) -> Any:
     """The engine of one operator; `shape` is (Hq, Hkv, D, L, R).  Layers with the same attributes share it."""
     query_heads, kv_heads, size, tables, rank = shape
-    bits = 8 if rank <= 8 else 16
     fixed = {
         "query_heads": query_heads, "kv_heads": kv_heads, "head_size": size, "page_size": attributes.page_size,
-        "tables": tables, "rank": rank, "words": attributes.page_size * bits // 32,
+        "tables": tables, "rank": rank, "words": attributes.page_size * code_bits(rank) // 32,
     }  # fmt: skip
     model = operator_model(attributes, 17, half=True)
     for value in (*model.graph.input, *model.graph.output):
