@@ -21,7 +21,7 @@ _TEMPORARY: list[tempfile.TemporaryDirectory[str]] = []
 
 @functools.cache
 def tiny_engine(dtype: str = "float32", **changes: object) -> Path:
-    """An engine of `tiny`; read it, do not write to it (`copy_engine` makes one that may be written to)."""
+    """An engine of `tiny`; read it; a test that writes takes a copy."""
     socket_changes = {key: value for key, value in changes.items() if key in SocketConfig.model_fields}
     options = {key: value for key, value in changes.items() if key not in socket_changes}
     temporary = tempfile.TemporaryDirectory(prefix="socket-trt-test-")

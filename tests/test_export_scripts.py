@@ -75,10 +75,13 @@ def test_gemma2(tmp_path: Path) -> None:
     assert "layer 1: sees everything, selects" in printed
 
 
-@pytest.mark.parametrize("script", ["llama_mistral.py", "qwen.py", "phi3.py"])
-def test_scripts_refuse_other_families(script: str, tmp_path: Path) -> None:
-    checkpoint = save_checkpoint("gemma2", tmp_path / "checkpoint")
+@pytest.mark.parametrize(
+    ("script", "family"),
+    [("llama_mistral.py", "gemma2"), ("qwen.py", "gemma2"), ("phi3.py", "gemma2"), ("gemma2.py", "phi3")],
+)
+def test_scripts_refuse_other_families(script: str, family: str, tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(family, tmp_path / "checkpoint")
     result = run(script, checkpoint, tmp_path / "model.onnx")
     assert result.returncode == 1
-    assert "is a gemma2; this script exports" in result.stderr
+    assert f"is a {family}; this script exports" in result.stderr
     assert not (tmp_path / "model.onnx").exists()

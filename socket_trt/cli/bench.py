@@ -24,7 +24,7 @@ def bench(
     cases: Annotated[
         str, typer.Option(help="Decode steps to time: BATCHxTOKENS, separated by commas; K is 1024.")
     ] = "1x8K",
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each case.")] = 50,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time in each case.")] = 50,
     prefill: Annotated[int, typer.Option(min=0, help="Tokens of a prompt to time; 0: none.")] = 0,
     dense: Annotated[
         bool, typer.Option("--dense/--no-dense", help="Time the same graph with dense attention too.")
@@ -33,7 +33,7 @@ def bench(
         bool, typer.Option("--random-weights", help="Random weights, drawn on the GPU: nothing is read from disk.")
     ] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Time each layer of the plan in the first case.")] = False,
-    seed: Annotated[int, typer.Option(help="Of tokens, caches and random weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of tokens, caches and random weights.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Write the report to this file, as JSON.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw the decode times to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,

@@ -29,20 +29,28 @@ def build(
     ] = False,
     dtype: Annotated[
         Literal["auto", BuildDType],
-        typer.Option(help="Of weights, caches and activations; auto: float32 for ONNX Runtime, else float16."),
+        typer.Option(help="Type of weights, caches and activations; auto: float32 for ONNX Runtime, else float16."),
     ] = "auto",
     backend: Annotated[
         Literal["auto", "onnxruntime", "tensorrt"],
-        typer.Option(help="What will run the engine; auto: TensorRT where it can."),
+        typer.Option(help="What will run the engine; auto: TensorRT where this machine has all it needs."),
     ] = "auto",
-    attention: Annotated[AttentionKind, typer.Option(help="dense builds the baseline engine.")] = AttentionKind.socket,
-    tables: Annotated[int, typer.Option(help="L, hash tables.")] = _DEFAULT.tables,
-    planes: Annotated[int, typer.Option(help="R, hyperplanes a table.")] = _DEFAULT.planes,
-    temperature: Annotated[float, typer.Option(help="tau of the bucket probabilities.")] = _DEFAULT.temperature,
+    attention: Annotated[
+        AttentionKind,
+        typer.Option(help="socket: sparse; dense: the same graph attending to everything, as a baseline."),
+    ] = AttentionKind.socket,
+    tables: Annotated[int, typer.Option(help="L, the number of hash tables.")] = _DEFAULT.tables,
+    planes: Annotated[int, typer.Option(help="R, hyperplanes in each table: bits of a code.")] = _DEFAULT.planes,
+    temperature: Annotated[
+        float, typer.Option(help="tau; the lower, the more the likeliest buckets count.")
+    ] = _DEFAULT.temperature,
     sink: Annotated[int, typer.Option(help="First tokens, always attended.")] = _DEFAULT.sink,
     window: Annotated[int, typer.Option(help="Last tokens, always attended.")] = _DEFAULT.window,
     budget: Annotated[
-        str, typer.Option(help="Tokens chosen: a fraction in steps of 0.001, a number, or both (the larger counts).")
+        str,
+        typer.Option(
+            help="Tokens chosen by score for each query, besides sink and window: a fraction of the length in steps of 0.001, a number, or both (the larger counts)."
+        ),
     ] = f"{_DEFAULT.budget_permille / 1000},{_DEFAULT.budget_tokens}",
     min_length: Annotated[
         int, typer.Option(help="Sequences no longer than this are attended densely.")
@@ -56,7 +64,7 @@ def build(
         Literal["external", "embedded"],
         typer.Option(help="external: stay in the checkpoint's files; embedded: copied beside the graph."),
     ] = "external",
-    max_batch_size: Annotated[int, typer.Option(help="Rows a step may have at most.")] = 8,
+    max_batch_size: Annotated[int, typer.Option(help="Sequences that decode together at most.")] = 8,
     max_seq_len: Annotated[
         int | None, typer.Option(help="Tokens of a sequence at most; the model's own limit by default.")
     ] = None,
@@ -68,7 +76,7 @@ def build(
         typer.Option("--plan/--no-plan", help="Build TensorRT's plan now, or leave it to `socket-trt compile`."),
     ] = True,
     opset: Annotated[int, typer.Option(help="ONNX opset of the graph, 17 to 23.")] = 18,
-    seed: Annotated[int, typer.Option(help="Of the hyperplanes and of random weights.")] = _DEFAULT.seed,
+    seed: Annotated[int, typer.Option(help="Seed of the hyperplanes and of random weights.")] = _DEFAULT.seed,
     graph_only: Annotated[
         bool, typer.Option("--graph-only", help="Draw no random weights: a graph to look at, or to time on TensorRT.")
     ] = False,

@@ -17,7 +17,9 @@ from socket_trt.runtime.open import runs_on_gpu
 def deploy(
     directory: Annotated[Path, typer.Argument(help="Engine directory.")],
     repository: Annotated[Path, typer.Option("--model-repository", help="Triton's model repository.")],
-    name: Annotated[str | None, typer.Option(help="Of the model; the engine directory's name by default.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name that clients ask for; the engine directory's by default.")
+    ] = None,
     engine_path: Annotated[
         Path | None, typer.Option(help="Where the server sees the engine directory, if elsewhere than this machine.")
     ] = None,
@@ -25,7 +27,7 @@ def deploy(
         str | None,
         typer.Option(help="GPUs that serve, such as 0,1,2,3; GPU 0 by default for an engine that needs one."),
     ] = None,
-    instances: Annotated[int, typer.Option(min=1, help="Engines on each GPU, or on the CPU.")] = 1,
+    instances: Annotated[int, typer.Option(min=1, help="Copies of the engine on each GPU, or on the CPU.")] = 1,
     num_pages: Annotated[
         int | None, typer.Option(min=2, help="Pages of the cache; by default a full batch of full sequences fits.")
     ] = None,
@@ -34,7 +36,7 @@ def deploy(
         int | None, typer.Option(min=3, help="Tokens a step may have; by default as many as the engine is made for.")
     ] = None,
     max_seconds: Annotated[
-        float | None, typer.Option(help="A request may take, whatever it asks for; any time by default.")
+        float | None, typer.Option(help="Seconds that a request may take, whatever it asks for; any time by default.")
     ] = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Serve without the checkpoint, for speed alone (TensorRT).")

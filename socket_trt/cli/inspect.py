@@ -22,9 +22,14 @@ from socket_trt.validation.report import ValidationReport
 def inspect(
     directory: Annotated[Path, typer.Argument(help="Engine directory.")],
     memory: Annotated[
-        float, typer.Option(min=0.001, help="GiB of the GPU, or of what may be used of it, to say what they hold.")
+        float,
+        typer.Option(
+            min=0.001, help="GiB of GPU memory, all or what may be used of it: how many pages and tokens they hold."
+        ),
     ] = 80.0,
-    batch: Annotated[str, typer.Option(help="Sequences that run together, such as 1,8,64.")] = "1,8,64",
+    batch: Annotated[
+        str, typer.Option(help="For so many sequences together, such as 1,8,64: how many tokens each may have.")
+    ] = "1,8,64",
     commands: Annotated[
         bool, typer.Option("--commands", help="Only print command lines of trtexec and polygraphy for the same plan.")
     ] = False,

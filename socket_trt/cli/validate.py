@@ -19,7 +19,7 @@ _COLOURS = {"passed": "[green]passed[/]", "failed": "[bold red]FAILED[/]", "skip
 
 def validate(
     directory: Annotated[Path, typer.Argument(help="Engine directory.")],
-    seed: Annotated[int, typer.Option(help="Of the random tokens that are fed.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random tokens that are fed.")] = 0,
     record: Annotated[
         bool,
         typer.Option(

@@ -38,7 +38,7 @@ def make_logger(trt: Any) -> Any:
     verbose = getattr(trt.ILogger, "VERBOSE", None)
     log_verbose = _LOG.isEnabledFor(_LEVELS["VERBOSE"])
 
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    class Logger(trt.ILogger):  # type: ignore[misc]  # TensorRT has no types here
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
@@ -189,7 +189,7 @@ def _configure(trt: Any, config: Any) -> None:
 
 
 def _monitor(trt: Any, watch: Watch) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # as above
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self._steps: dict[str, int] = {}

@@ -58,7 +58,7 @@ def socket_attention_forward(
 ) -> tuple[Tensor, None]:
     """Transformers' attention interface: query [1, Hq, N, D], key and value [1, Hkv, N, D] to [1, N, Hq, D]."""
     assert attention_mask is None, "an unknown attention implementation gets no mask from transformers"
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]  # an int, in every family's attention
     attributes = socket_step.config.attributes(
         scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         sliding_window=sliding_window or -1,

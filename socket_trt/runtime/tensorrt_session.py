@@ -248,7 +248,7 @@ class TensorRTSession(Session):
         """
         trt, times = self._trt.module, dict[str, float]()
 
-        class Profiler(trt.IProfiler):  # type: ignore[misc, name-defined]
+        class Profiler(trt.IProfiler):  # type: ignore[misc, name-defined]  # TensorRT has no types here
             def __init__(self) -> None:
                 trt.IProfiler.__init__(self)
 

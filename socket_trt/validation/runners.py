@@ -31,7 +31,7 @@ def metadata_of(arrays: Mapping[str, np.ndarray]) -> TensorMetadata:
     return metadata
 
 
-class SessionRunner(BaseRunner):  # type: ignore[misc]
+class SessionRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy has no types
     """Runs a `Session`, opened when the runner is activated, on step batches in order: it keeps its own cache."""
 
     def __init__(self, open_session: Callable[[], Session], name: str, example: StepBatch) -> None:
@@ -56,7 +56,7 @@ class SessionRunner(BaseRunner):  # type: ignore[misc]
         return OrderedDict({names.LOGITS: logits})
 
 
-class KnownAnswers(BaseRunner):  # type: ignore[misc]
+class KnownAnswers(BaseRunner):  # type: ignore[misc]  # Polygraphy has no types
     """Answers the inputs it is given, in order, with what is known of them."""
 
     def __init__(

@@ -65,7 +65,7 @@ def _shapes(model: onnx.ModelProto, ranges: dict[str, tuple[int, int, int]]) -> 
     return shapes
 
 
-class TensorRTOperatorRunner(BaseRunner):  # type: ignore[misc]
+class TensorRTOperatorRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy has no types
     """Runs one operator on the GPU; the caches are one buffer, in and out, as in an engine."""
 
     def __init__(self, tensorrt: TensorRT, manifest: Manifest, attributes: OperatorAttributes, name: str) -> None:

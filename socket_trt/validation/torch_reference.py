@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -52,8 +52,8 @@ class TorchReference(Reference):
         return [transformers_step(self._model, step, caches) for step in self._scenario.steps]
 
     def outputs(self, call: OperatorCall) -> Arrays:
-        inputs = [torch.from_numpy(call.inputs[name]) for name in names.OPERATOR_INPUTS]
-        outputs = socket_attention(*inputs, call.attributes)  # type: ignore[call-arg, arg-type]
+        inputs: Any = {name: torch.from_numpy(call.inputs[name]) for name in names.OPERATOR_INPUTS}
+        outputs = socket_attention(**inputs, attributes=call.attributes)
         return {name: t.contiguous().numpy() for name, t in zip(names.OPERATOR_OUTPUTS, outputs, strict=True)}
 
     def bits(self, call: OperatorCall, margin: float) -> tuple[Bools, Bools]:
