@@ -14,7 +14,14 @@ import pytest
 
 from socket_trt import environment, names
 from socket_trt.cli.main import main
-from socket_trt.engine.compile import NETWORK_FILE, check_plannable, compile_engine, load_network
+from socket_trt.engine.compile import (
+    KERNEL_HEAD_SIZES,
+    MAX_GROUP,
+    NETWORK_FILE,
+    check_plannable,
+    compile_engine,
+    load_network,
+)
 from socket_trt.engine.manifest import PLAN_FILE, EngineDirectory
 from socket_trt.engine.plan import default_timing_cache, make_logger
 from socket_trt.engine.profiles import MAX_ELEMENTS, check_max_step_tokens, engine_profiles, pool_pages
@@ -26,6 +33,7 @@ from tests.engines import tiny_engine
 from tests.fake_tensorrt import DataType, LayerType
 from tests.tensorrt_fixtures import OPTIONS, FakeMachine
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 VERSIONS = ["8.6.0", "10.16.1", "11.4.0"]
 
 
@@ -179,6 +187,20 @@ def test_dtypes(changes: dict[str, str], major: int, match: str | None) -> None:
         return
     with pytest.raises(ConfigError, match=match):
         check_plannable(engine, major)
+
+
+@pytest.mark.parametrize("sizes", [{"head_size": 80}, {"query_heads": 34, "kv_heads": 2}])
+def test_sizes_that_the_plugin_has_no_kernels_for(sizes: dict[str, int]) -> None:
+    model = manifest().model.model_copy(update=sizes)
+    with pytest.raises(ConfigError, match="head sizes 64, 96, 128, 256 and 16 query heads a KV head"):
+        check_plannable(EngineDirectory(Path("x"), manifest(model=model)), 10)
+
+
+def test_the_sizes_are_those_of_the_native_library() -> None:
+    header = (REPOSITORY / "plugins" / "include" / "socket_trt" / "kernels.h").read_text()
+    *sizes, last = KERNEL_HEAD_SIZES
+    assert f"/* D: {', '.join(map(str, sizes))} or {last} */" in header
+    assert f"at most {MAX_GROUP} Hkv */" in header
 
 
 def test_embedded_weights_stay_in_the_graph(machine: FakeMachine) -> None:

@@ -20,12 +20,16 @@ from socket_trt.errors import MissingDependencyError
 from socket_trt.onnx.schema import socket_attention_schema
 from tests.plugin_harness import REPOSITORY, attributes, fields_of, lean_directories, plugin_library
 
+NO_LEAN = "no lean runtimes of TensorRT in build/tensorrt-lean (make tensorrt-lean)"
 LEAN = list(lean_directories())
+EACH_LEAN = pytest.mark.parametrize(
+    "directory", LEAN or [pytest.param(Path(), marks=pytest.mark.skip(reason=NO_LEAN))], ids=lambda d: d.name
+)
 
 
 def test_the_lean_runtimes_are_there() -> None:
     if not LEAN:
-        pytest.skip("no lean runtimes of TensorRT in build/tensorrt-lean (make tensorrt-lean)")
+        pytest.skip(NO_LEAN)
     assert {directory.name.split(".")[0] for directory in LEAN} == {"10", "11"}
 
 
@@ -44,7 +48,7 @@ def observe(directory: Path, **environment: str) -> tuple[dict[str, Any], str]:
     return json.loads(result.stdout), result.stderr
 
 
-@pytest.mark.parametrize("directory", LEAN, ids=lambda d: d.name)
+@EACH_LEAN
 def test_the_real_registry(directory: Path) -> None:
     """TensorRT's own registry and Python bindings load the library, list the creator, create, refuse."""
     path = plugin_library(int(directory.name.split(".")[0]))
@@ -73,7 +77,7 @@ def test_the_real_registry(directory: Path) -> None:
     assert "the runtime phase takes the one field 'serialized'" in errors
 
 
-@pytest.mark.parametrize("directory", LEAN, ids=lambda d: d.name)
+@EACH_LEAN
 def test_a_library_of_another_tensorrt_is_refused(directory: Path) -> None:
     major = directory.name.split(".")[0]
     other = plugin_library({"10": 11, "11": 10}[major])
@@ -81,7 +85,7 @@ def test_a_library_of_another_tensorrt_is_refused(directory: Path) -> None:
     assert seen["error"] == f"{other} is for TensorRT {21 - int(major)}, but TensorRT {directory.name} is installed"
 
 
-@pytest.mark.parametrize("directory", LEAN, ids=lambda d: d.name)
+@EACH_LEAN
 def test_the_library_itself_refuses_another_tensorrt(directory: Path) -> None:
     """As `trtexec --dynamicPlugins` would load it, past the package's own checks."""
     major = int(directory.name.split(".")[0])
@@ -103,7 +107,7 @@ def test_the_library_itself_refuses_another_tensorrt(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("order", ["TensorRT first", "TensorRT later"])
-@pytest.mark.parametrize("directory", LEAN, ids=lambda d: d.name)
+@EACH_LEAN
 def test_opening_the_autoload_library_registers_the_plugin(directory: Path, order: str) -> None:
     """As Polygraphy opens plugin libraries: with ctypes, and before it imports TensorRT."""
     plugin_library(int(directory.name.split(".")[0]))

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from socket_trt.engine.tensorrt import TensorRT
 
 NETWORK_FILE = "network.onnx"
+# What the CUDA library has kernels for (plugins/include/socket_trt/kernels.h).
+KERNEL_HEAD_SIZES = (64, 96, 128, 256)
+MAX_GROUP = 16  # query heads of a KV head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +133,13 @@ def load_network(engine: EngineDirectory, major: int, attributes: Mapping[str, i
 def check_plannable(engine: EngineDirectory, major: int) -> None:
     """Raise ConfigError for what TensorRT of this major version cannot compute."""
     manifest = engine.manifest
+    model = manifest.model
+    if model.head_size not in KERNEL_HEAD_SIZES or model.query_heads > MAX_GROUP * model.kv_heads:
+        raise ConfigError(
+            f"{engine.path}: {model.query_heads} query heads over {model.kv_heads} KV heads of size {model.head_size}; the "
+            f"plugin has kernels for head sizes {', '.join(map(str, KERNEL_HEAD_SIZES))} and {MAX_GROUP} query heads a KV "
+            "head at most: build with --backend onnxruntime"
+        )
     if manifest.dtype == "float32":
         raise ConfigError(
             f"{engine.path}: float32; the plugin computes in float16 or bfloat16: build with --dtype float16"
