@@ -23,7 +23,7 @@ from socket_trt.quality.vocabulary import Vocabulary
 CHECKPOINT = Path(quality.__file__).parent / "models/retriever-small"
 TRAINING = json.loads((CHECKPOINT / "training.json").read_text())
 ANSWERED = ("single", "multi-key", "haystack", "multi-query")
-SPARSE = SocketConfig(sink=4, window=4, budget_tokens=0, budget_permille=100, page_size=16)
+SPARSE = SocketConfig(min_length=0, sink=4, window=4, budget_tokens=0, budget_permille=100, page_size=16)
 
 
 @pytest.mark.parametrize("socket", [SPARSE, SPARSE.attends_densely()], ids=["sparse", "dense"])
