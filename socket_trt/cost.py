@@ -74,9 +74,7 @@ def socket_bytes(shape: Shape, socket: SocketConfig, batch: int, length: int) ->
     code = batch * shape.kv_heads * length * (socket.tables * socket.code_bits // 8 + ITEM)
     kept = min(length, socket.sink + socket.window + socket.budget(length))
     lists = shape.query_heads if socket.selection == Selection.query_head else shape.kv_heads
-    # Heads that select alone may still share a token: more than all of a KV head's tokens are never read.
-    read = min(lists * kept, shape.kv_heads * length) if lists > shape.kv_heads else lists * kept
-    return code, batch * read * 2 * shape.head_size * ITEM
+    return code, batch * lists * kept * 2 * shape.head_size * ITEM
 
 
 def dense_bytes(shape: Shape, batch: int, length: int) -> int:

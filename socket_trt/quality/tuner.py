@@ -14,11 +14,12 @@ from socket_trt.errors import ConfigError
 from socket_trt.progress import Progress
 from socket_trt.quality.calibration import Group
 from socket_trt.quality.tuning import (
+    ANSWERED_TABLES,
     COARSE,
     PERMILLES,
+    Answering,
     Candidate,
     Curves,
-    accuracy_kept,
     budget_at,
     candidates,
     mass_curves,
@@ -142,10 +143,10 @@ def tune(
         setting = budget_at(with_candidate(socket, candidate), permille, shortest)
         return Point(setting, kept, workload.socket_us(setting))
 
-    def check(groups: Sequence[Group], setting: SocketConfig) -> dict[str, float]:
+    def checker(groups: Sequence[Group]) -> Callable[[SocketConfig], dict[str, float]]:
         if measure == "mass":
-            return mass_kept(model, groups, setting, progress)
-        return accuracy_kept(model, groups, setting, progress)
+            return lambda setting: mass_kept(model, groups, setting, progress)
+        return Answering(model, groups, progress).kept
 
     if measure == "mass":
         found = []
@@ -154,15 +155,19 @@ def tune(
             index = _first(kept, target)
             found.append(point(candidate, PERMILLES[index], kept[index]))
     else:
+        check = checker(calibration)
 
         def answered(candidate: Candidate, permille: int) -> Point:
-            return point(candidate, permille, min(check(calibration, point(candidate, permille, 0.0).socket).values()))
+            return point(candidate, permille, min(check(point(candidate, permille, 0.0).socket).values()))
 
-        found = [_bisect(functools.partial(answered, candidate), target) for candidate in _best_temperatures(curves)]
+        found = [
+            _bisect(functools.partial(answered, candidate), target) for candidate in _answered_with(curves, socket)
+        ]
     chosen = min(found, key=_cost)
     best = Candidate(chosen.socket.tables, chosen.socket.planes, chosen.socket.temperature)
     before = socket.model_copy(update={"min_length": 0})
-    before_held_out = check(held_out, before)
+    check = checker(held_out)
+    before_held_out = check(before)
     return Tuning(
         measure=measure,
         target=target,
@@ -173,7 +178,7 @@ def tune(
             if permille in {*COARSE, chosen.socket.budget_permille}
         ],
         others=_cheapest_by_size(found),
-        held_out=check(held_out, chosen.socket),
+        held_out=check(chosen.socket),
         before=Point(before, min(before_held_out.values()), workload.socket_us(before)),
         before_held_out=before_held_out,
         dense_microseconds=workload.dense_us,
@@ -196,13 +201,15 @@ def _first(kept: Sequence[float], target: float) -> int:
     return next((i for i, share in enumerate(kept) if share >= target), len(kept) - 1)
 
 
-def _best_temperatures(curves: Curves) -> list[Candidate]:
-    """Of every (L, R), the temperature that keeps most mass, over all budgets together."""
-    best: dict[tuple[int, int], Candidate] = {}
+def _answered_with(curves: Curves, socket: SocketConfig) -> list[Candidate]:
+    """Of the engine's R and of each of a few L, its own among them: the temperature that keeps most mass over all budgets."""
+    best: dict[int, Candidate] = {}
     for candidate in curves:
-        key = candidate.tables, candidate.planes
-        if key not in best or sum(_least(curves[candidate])) > sum(_least(curves[best[key]])):
-            best[key] = candidate
+        if candidate.planes != socket.planes or candidate.tables not in {*ANSWERED_TABLES, socket.tables}:
+            continue
+        other = best.get(candidate.tables)
+        if other is None or sum(_least(curves[candidate])) > sum(_least(curves[other])):
+            best[candidate.tables] = candidate
     return list(best.values())
 
 

@@ -27,7 +27,7 @@ from socket_trt.quality.calibration import Group, Prompt
 from socket_trt.quality.measures import Attention, Share, measure, weights
 from socket_trt.quality.methods import Dense, Socket
 from socket_trt.quality.methods.base import per_query_head
-from socket_trt.quality.tasks import score
+from socket_trt.quality.tasks import Sample, score
 from socket_trt.reference import bucket_probabilities, key_codes
 from socket_trt.reference.selection import fixed_and_candidates
 
@@ -39,6 +39,7 @@ PERMILLES = range(1, 1001)
 COARSE = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20, 25, 32, 40, 50, 63, 80, 100, 125, 160, 200, 250, 320, 400, 500, 630, 800, 1000)  # fmt: skip
 TABLES = (20, 30, 40, 60, 90, 120)
 PLANES = (8, 10)  # fewer than 8 take the same 8 bits a table
+ANSWERED_TABLES = (30, 60)  # with which samples are answered: each takes as long as all of the above
 TEMPERATURES = (0.15, 0.2, 0.3, 0.4, 0.5)
 BATCH = 8  # prompts of one length that are decoded together
 
@@ -188,36 +189,43 @@ def mass_kept(
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
-def accuracy_kept(
-    model: PreTrainedModel, groups: Sequence[Group], socket: SocketConfig, progress: Progress
-) -> dict[str, float]:
-    """Task accuracy with `socket`, as a share of dense attention's, by group."""
+class Answering:
+    """Groups of samples, prefilled once and answered once with dense attention, to be answered with any setting."""
 
-    def attributes(_: int, attention: Attention) -> OperatorAttributes:
-        return socket.attributes(attention.scale, attention.sliding_window, attention.softcap)
+    def __init__(self, model: PreTrainedModel, groups: Sequence[Group], progress: Progress) -> None:
+        self._model, self._progress = model, progress
+        self._parts: list[tuple[str, Decoder, tuple[Sample, ...]]] = []
+        dense = Choice(Dense(), Share(1.0, 0, 1))
+        with chosen_attention(model):
+            for group in groups:
+                for first in range(0, len(group.samples), BATCH):
+                    samples = group.samples[first : first + BATCH]
+                    decoder = Decoder(model, [sample.context for sample in samples], dense)
+                    self._parts.append((group.name, decoder, samples))
+        self._dense = self._right(dense)
 
-    sparse, dense = Choice(socket_method(socket), attributes), Choice(Dense(), attributes)
-    right: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    total = sum(len(group.samples) for group in groups)
-    with chosen_attention(model), progress.task(f"Answering {total} samples", total) as advance:
-        for group in groups:
-            for first in range(0, len(group.samples), BATCH):
-                samples = group.samples[first : first + BATCH]
-                decoder = Decoder(model, [sample.context for sample in samples], dense)
-                scores = []
-                for choice in (sparse, dense):
-                    decoder.choice = choice
-                    answers = decoder.answer(samples)
-                    scores.append([
-                        float(np.mean([score(turn, said) for turn, said in zip(sample.turns, answer, strict=True)]))
-                        for sample, answer in zip(samples, answers, strict=True)
-                    ])  # fmt: skip
-                right[group.name] += zip(*scores, strict=True)
+    def kept(self, socket: SocketConfig) -> dict[str, float]:
+        """Task accuracy with `socket`, as a share of dense attention's, by group."""
+
+        def attributes(_: int, attention: Attention) -> OperatorAttributes:
+            return socket.attributes(attention.scale, attention.sliding_window, attention.softcap)
+
+        right = self._right(Choice(socket_method(socket), attributes))
+        return {name: right[name] / whole if whole else 1.0 for name, whole in self._dense.items()}
+
+    def _right(self, choice: Choice) -> dict[str, float]:
+        """Sum of the samples' scores by group."""
+        total = sum(len(samples) for _, _, samples in self._parts)
+        right: dict[str, float] = defaultdict(float)
+        with chosen_attention(self._model), self._progress.task(f"Answering {total} samples", total) as advance:
+            for name, decoder, samples in self._parts:
+                decoder.choice = choice
+                for sample, answers in zip(samples, decoder.answer(samples), strict=True):
+                    right[name] += np.mean(
+                        [score(turn, said) for turn, said in zip(sample.turns, answers, strict=True)]
+                    )
                 advance(len(samples))
-    return {
-        name: sum(a for a, _ in pairs) / whole if (whole := sum(b for _, b in pairs)) else 1.0
-        for name, pairs in right.items()
-    }
+        return {name: float(value) for name, value in right.items()}
 
 
 def socket_method(socket: SocketConfig) -> Socket:
