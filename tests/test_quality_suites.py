@@ -17,6 +17,7 @@ from socket_trt.quality.evaluate_text import prepare
 from socket_trt.quality.suites import metrics, read_suite
 from socket_trt.quality.suites.longbench import METRICS, best
 from socket_trt.runtime.open import load_tokenizer
+from socket_trt.serving.chat import ChatTemplate
 from tests.engines import tiny_engine
 from tests.test_cli import Run, assert_one_line_error, run  # noqa: F401  (a fixture)
 
@@ -143,7 +144,9 @@ def test_what_is_no_suite(tmp_path: Path) -> None:
         read_suite("longbench", data, 1)
 
 
-def test_questions_are_decoded_and_what_is_too_long_loses_its_middle(tmp_path: Path) -> None:
+def test_questions_are_decoded_and_what_is_too_long_loses_its_middle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = EngineDirectory.open(tiny_engine())
     tokenizer = load_tokenizer(engine)
     (item, *_) = read_suite("longbench", longbench(tmp_path), 1)
@@ -158,6 +161,7 @@ def test_questions_are_decoded_and_what_is_too_long_loses_its_middle(tmp_path: P
     assert still == decoded
     with pytest.raises(ConfigError, match="larger --max-seq-len"):
         prepare(dataclasses.replace(long, shorten=False), tokenizer, engine, chat=False)
+    monkeypatch.setattr(ChatTemplate, "of", lambda engine: None)
     with pytest.raises(ConfigError, match="no chat template"):
         prepare(item, tokenizer, engine, chat=True)
 
