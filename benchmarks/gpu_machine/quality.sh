@@ -16,7 +16,7 @@ if ! "$python" -c 'import sys; from socket_trt.native import library_path; sys.e
     (cmake -B build/native -G Ninja -DSOCKET_TRT_ARCHITECTURES=90 && cmake --build build/native) > "$output/native.log" 2>&1 &
 fi
 timeout -k 5 $((total - 60)) "$python" -m benchmarks.train_retriever --size "$size" --output "$output/retriever-$size" \
-    --time-limit $((total * 53 / 100)) --samples 64 ${TRAIN_OPTIONS:-} 2>&1 | tee -a "$output/log.txt" | grep -v Warning
+    --time-limit $((total * 53 / 100)) --samples 64 ${TRAIN_OPTIONS:-} 2>&1 | tee -a "$output/log.txt" | grep --line-buffered -v Warning
 wait
 left=$((total - SECONDS))
 timeout -k 5 "$left" "$python" -m benchmarks.quality --checkpoint "$output/retriever-$size" --length "$length" \
