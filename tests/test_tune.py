@@ -134,6 +134,23 @@ def test_prompts_of_a_user(run: Run, tmp_path: Path) -> None:  # noqa: F811
     assert_one_line_error(run(*tune, "--prompts", tmp_path / "none"), "No such file")
 
 
+def test_a_tensorrt_engine_is_dense_where_that_is_faster_and_has_to_be_compiled_again(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    shutil.copytree(tiny_engine("float16", backend="tensorrt"), tmp_path / "engine")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps(f"Words {i} " * 12) for i in range(2)))
+    shown = run("tune", tmp_path / "engine", "--prompts", prompts, "--target", "0.8", "--keep-layout")
+    assert shown.code == 0, shown.err
+    assert "with the next compile" in shown.out
+    assert "socket-trt compile" in shown.err
+    assert "at none of the 512 tokens" in shown.out
+    assert EngineDirectory.open(tmp_path / "engine").manifest.socket.min_length == 512
+    again = run(
+        "tune", tmp_path / "engine", "--prompts", prompts, "--target", "0.8", "--keep-layout", "--min-length", "0"
+    )
+    assert again.code == 0, again.err
+    assert EngineDirectory.open(tmp_path / "engine").manifest.socket.min_length == 0
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_retuned_graph_is_the_graph_that_a_build_would_write(dtype: str, tmp_path: Path) -> None:
     shutil.copytree(tiny_engine(dtype), tmp_path / "engine")
