@@ -273,7 +273,7 @@ def markdown(report: dict[str, Any]) -> str:
         left = ", ".join(f"{task} ({value:.0%})" for task, value in report["left_out"].items())
         lines.append(f"Left out, because dense attention itself answers less than {NEEDED:.0%} right: {left}.\n")
     if report["cut_short"]:
-        lines.append("The run was cut short by its time limit: later seeds are missing, or some of their methods.\n")
+        lines.append("The run was cut short: later seeds are missing, or some of their tasks and methods.\n")
     for task, whole in report["dense"].items():
         lines += [f"## {task}: {TASKS[task].description}\n", f"Answers right, %; dense attention: {whole:.1%}.\n"]
         lines += table(
