@@ -285,7 +285,9 @@ def markdown(report: dict[str, Any]) -> str:
         "error": "Relative error of the output, %",
     }
     lines.append("## What is kept of dense attention\n")
-    lines.append("Over the decode queries of the first question, all layers and heads, of some samples of each task above.\n")
+    lines.append(
+        "Over the decode queries of the first question, all layers and heads, of some samples of each task above.\n"
+    )
     for name, title in titles.items():
         lines.append(f"### {title}\n")
         lines += table(

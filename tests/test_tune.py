@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.fit_cost_model import errors, fit
 from socket_trt import names
-from socket_trt.config import Selection, SocketConfig, parse_budget
+from socket_trt.config import AttentionKind, Selection, SocketConfig, parse_budget
 from socket_trt.cost import Shape, load_cost_model
 from socket_trt.engine.build import BuildOptions, build_engine
 from socket_trt.engine.manifest import EngineDirectory
@@ -185,7 +185,7 @@ def test_what_cannot_be_retuned(tmp_path: Path, run: Run) -> None:  # noqa: F811
     with pytest.raises(ConfigError, match="page_size is fixed"):
         retune(engine, SOCKET.model_copy(update={"page_size": 32}))
     assert retune(engine, SOCKET) == engine.manifest
-    dense = engine.manifest.model_copy(update={"attention": "dense"})
+    dense = engine.manifest.model_copy(update={"attention": AttentionKind.dense})
     engine.write(dense)
     assert_one_line_error(run("tune", engine.path, "--suite", "single"), "nothing to tune")
 
