@@ -35,6 +35,7 @@ def row_config(row: Row) -> SocketConfig:
         budget_tokens=row["kept_tokens"] - SINK - WINDOW,
         budget_permille=0,
         selection=Selection[row["selection"]],
+        min_length=0,
     )
 
 

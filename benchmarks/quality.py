@@ -193,6 +193,7 @@ class Comparison:
                 budget_tokens=tokens,
                 budget_permille=0,
                 selection=selection,
+                min_length=0,
             )
             expected = self._reference_answers(tasks, count, socket)
             dtype = torch.float16 if on_gpu else torch.float32

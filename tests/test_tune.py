@@ -43,7 +43,7 @@ def retriever(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("selection", list(Selection))
 def test_curves_are_what_the_operator_keeps(selection: Selection) -> None:
     """Against `measure`, which builds the attended set by the operator's rule, at several budgets and sizes."""
-    socket = SocketConfig(sink=2, window=3, selection=selection, seed=5)
+    socket = SocketConfig(min_length=0, sink=2, window=3, selection=selection, seed=5)
     attention = draw(150)
     tried = [Candidate(tables, planes, tau) for tables in (5, 20) for planes in (4, 8) for tau in (0.2, 0.4)]
     found = dict(query_curves(attention, socket, tried))
