@@ -22,7 +22,7 @@ $(STAMP):
 # Build, validate and generate from `tiny`, with a budget small enough that a short prompt is already sparse.
 demo: setup
 	$(BIN)/socket-trt build --model tiny --output $(DEMO) --force \
-		--sink 32 --window 32 --budget 0.05 --page-size 32
+		--sink 32 --window 32 --budget 0.05 --min-length 0 --page-size 32
 	$(BIN)/socket-trt validate $(DEMO)
 	$(BIN)/socket-trt generate $(DEMO) --prompt-file docs/method.md --max-tokens 64
 

@@ -48,7 +48,7 @@ class Shape:
         return SocketConfig.create(
             tables=TABLES, planes=self.planes, temperature=0.3 if self.planes == 8 else 0.4, sink=SINK, window=WINDOW,
             budget_tokens=self.budget_tokens, budget_permille=self.permille, page_size=PAGE_SIZE,
-            selection=self.selection,
+            selection=self.selection, min_length=0,
         )  # fmt: skip
 
     @property

@@ -12,7 +12,7 @@ from socket_trt.models.checkpoint import resolve_model
 from socket_trt.progress import Silent
 
 # Sparse from a few dozen tokens on.
-SOCKET = SocketConfig(sink=8, window=8, budget_tokens=0, budget_permille=100, page_size=16)
+SOCKET = SocketConfig(min_length=0, sink=8, window=8, budget_tokens=0, budget_permille=100, page_size=16)
 MAX_SEQ_LEN = 512
 
 # Each goes when the process ends.

@@ -59,7 +59,7 @@ def shapes_of(
 
 def attributes(**changes: object) -> dict[str, object]:
     """Attributes of a small operator, in the schema's order."""
-    config = SocketConfig(page_size=16, sink=4, window=5, budget_tokens=3, tables=12, planes=6)
+    config = SocketConfig(min_length=0, page_size=16, sink=4, window=5, budget_tokens=3, tables=12, planes=6)
     return dataclasses.asdict(config.attributes(0.125)) | changes
 
 

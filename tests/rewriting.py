@@ -16,7 +16,9 @@ from socket_trt.errors import GraphError
 from socket_trt.onnx.rewrite import RewriteReport, rewrite_file
 from tests.foreign_models import HEAD_SIZE, KV_HEADS, VOCABULARY
 
-SPARSE = SocketConfig(tables=16, planes=6, sink=2, window=3, budget_tokens=2, budget_permille=0, page_size=16, seed=3)
+SPARSE = SocketConfig(
+    tables=16, planes=6, sink=2, window=3, budget_tokens=2, budget_permille=0, page_size=16, seed=3, min_length=0
+)
 EXACT = SPARSE.keeps_everything()
 PROMPTS, DECODED = (19, 5, 33), 4  # tokens of each sequence, and one at a time after that
 TOLERANCE = 1e-4

@@ -132,7 +132,16 @@ def random_step(
 
 
 SMALL = SocketConfig(
-    tables=12, planes=6, temperature=0.3, sink=4, window=5, budget_tokens=3, budget_permille=50, page_size=16, seed=7
+    tables=12,
+    planes=6,
+    temperature=0.3,
+    sink=4,
+    window=5,
+    budget_tokens=3,
+    budget_permille=50,
+    page_size=16,
+    seed=7,
+    min_length=0,
 )
 
 # Prefill, chunked prefill, decode on and around page boundaries and thresholds, an empty row, length one.

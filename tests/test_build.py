@@ -269,5 +269,5 @@ def test_directories_that_are_no_engines(tmp_path: Path) -> None:
 def test_the_defaults_of_the_method_are_the_designs() -> None:
     assert SocketConfig().model_dump() == {
         "tables": 60, "planes": 8, "temperature": 0.3, "sink": 128, "window": 128, "budget_tokens": 1024,
-        "budget_permille": 50, "min_length": 0, "selection": 0, "page_size": 128, "seed": 0,
+        "budget_permille": 50, "min_length": 32768, "selection": 0, "page_size": 128, "seed": 0,
     }  # fmt: skip

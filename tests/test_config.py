@@ -85,7 +85,7 @@ def test_what_follows_from_a_configuration() -> None:
         "window": 128,
         "budget_tokens": 1024,
         "budget_permille": 50,
-        "min_length": 0,
+        "min_length": 32768,
         "selection": 1,
         "page_size": 64,
         "sliding_window": 4096,

@@ -17,7 +17,7 @@ from socket_trt.progress import Silent
 from socket_trt.validation.validate import validate_engine
 from tests.families import CONFIGS, save_checkpoint
 
-SOCKET = SocketConfig(sink=8, window=8, budget_tokens=0, budget_permille=100, page_size=16)
+SOCKET = SocketConfig(min_length=0, sink=8, window=8, budget_tokens=0, budget_permille=100, page_size=16)
 
 
 def attention_nodes(engine: Path) -> list[dict]:

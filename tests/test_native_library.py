@@ -52,7 +52,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> native.NativeLibrary:
 
 
 def params(**changes: float) -> native.Params:
-    made = native.make_params(SocketConfig().attributes(0.1), 0, **SIZES)
+    made = native.make_params(SocketConfig(min_length=0).attributes(0.1), 0, **SIZES)
     for name, value in changes.items():
         setattr(made, name, value)
     return made

@@ -28,7 +28,7 @@ from socket_trt.weights import map_tensor
 from tests.engines import tiny_engine
 from tests.families import save_checkpoint
 
-SOCKET = SocketConfig(sink=8, window=8, budget_tokens=0, budget_permille=100, page_size=16)
+SOCKET = SocketConfig(min_length=0, sink=8, window=8, budget_tokens=0, budget_permille=100, page_size=16)
 
 
 def family_engine(name: str, directory: Path, dtype: torch.dtype) -> EngineDirectory:

@@ -48,7 +48,7 @@ def test_ragged_batch(dtype: torch.dtype, planes: int, selection: str) -> None:
 def test_published_table_sizes(dtype: torch.dtype, planes: int) -> None:
     """L = 60 with R = 8 (8-bit codes) and R = 10 (16-bit codes), prefill chunks and decode steps in one batch."""
     config = SocketConfig(
-        tables=60, planes=planes, sink=8, window=8, budget_tokens=0, budget_permille=100, page_size=32
+        tables=60, planes=planes, sink=8, window=8, budget_tokens=0, budget_permille=100, page_size=32, min_length=0
     )
     rows = [(0, 50), (300, 1), (70, 20), (129, 1)]
     assert_agrees(random_step(rows, config, head_size=64, query_heads=8, kv_heads=2, dtype=dtype, seed=3))

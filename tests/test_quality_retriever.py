@@ -23,7 +23,7 @@ from socket_trt.quality.vocabulary import Vocabulary
 CHECKPOINT = Path(quality.__file__).parent / "models/retriever-small"
 TRAINING = json.loads((CHECKPOINT / "training.json").read_text())
 ANSWERED = ("single", "multi-key", "haystack", "multi-query")
-SPARSE = SocketConfig(sink=4, window=4, budget_tokens=0, budget_permille=100, page_size=16)
+SPARSE = SocketConfig(min_length=0, sink=4, window=4, budget_tokens=0, budget_permille=100, page_size=16)
 
 
 @pytest.mark.parametrize("socket", [SPARSE, SPARSE.attends_densely()], ids=["sparse", "dense"])
@@ -47,10 +47,19 @@ def test_the_comparison_of_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(quality, "COMPARED", makers)
     monkeypatch.setattr(quality, "SWEEP", {"tables": (2, 60)})
     arguments = argparse.Namespace(
-        tasks=["haystack", "multi-value"], length=512, samples=4, batch=2, measured=2, plane_seeds=2, sink=4, window=4, seed=2
+        tasks=["haystack", "multi-value"], length=512, samples=4, batch=2, measured=2, plane_seeds=2, sink=4, window=4, seed=2,
+        library_samples=3, time_limit=None,
     )  # fmt: skip
     model = LlamaForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
-    report = quality.run(model, Vocabulary(**TRAINING["vocabulary"]), arguments)
+    kept_reports: list[int] = []
+    comparison = quality.Comparison(model, Vocabulary(**TRAINING["vocabulary"]), arguments)
+    report = comparison.run(lambda: kept_reports.append(len(comparison.report["accuracy"])))
+    assert kept_reports == [
+        0,
+        0,
+        20,
+        30,
+    ]  # after dense attention, the operator, and each seed: there are four methods, two draw
     assert set(report["dense"]) == {"haystack"}  # what dense attention itself cannot answer says nothing
     assert set(report["left_out"]) == {"multi-value"}
 
@@ -70,10 +79,27 @@ def test_the_comparison_of_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     few, many = (quality.by_seed(report["sweep"], "recall", parameter="tables", value=value) for value in (2, 60))
     assert max(few) < min(many)
 
+    # Through the operator on a paged cache come the very answers of the reference semantics.
+    assert {(row["kept"], row["selection"]) for row in report["library"]} == {
+        (kept, selection) for kept in quality.LIBRARY_KEPT for selection in ("query_head", "kv_head")
+    }
+    assert all(row["same"] == 1 and row["accuracy"] == row["reference"] for row in report["library"])
+    assert quality.agreement(report) == 1
+
     about = {"command": "this", "machine": "a CPU", "torch": torch.__version__, **vars(arguments)}
     whole = {"about": about, "training": TRAINING, **report}
     text = quality.markdown(whole)
     assert "| exact top-k | 100.0 | 100.0 | 100.0 | 100.0 | 100.0 |" in text
     assert "Left out" in text
-    quality.plot(whole, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    assert "the reference operator" in text
+    quality.write(whole, tmp_path / "quality")
+    quality.draw(whole, tmp_path / "quality")
+    assert (tmp_path / "quality.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "quality.json").read_text()) == json.loads(json.dumps(whole))
+
+    # A run that is out of time at once says so, and can still be written.
+    arguments.time_limit = 0
+    comparison = quality.Comparison(model, Vocabulary(**TRAINING["vocabulary"]), arguments)
+    report = comparison.run(lambda: None)
+    assert report["cut_short"]
+    assert "cut short" in quality.markdown({"about": about, "training": TRAINING, **report})

@@ -40,7 +40,7 @@ def batch(past: list[int], counts: list[int]) -> StepBatch:
 
 
 def manifest(attention: AttentionKind = AttentionKind.socket, **socket: int) -> Manifest:
-    values = {"sink": 8, "window": 8, "budget_tokens": 4, "budget_permille": 100, "page_size": 16}
+    values = {"sink": 8, "window": 8, "budget_tokens": 4, "budget_permille": 100, "page_size": 16, "min_length": 0}
     return MANIFEST.model_copy(update={"attention": attention, "socket": SocketConfig(**values | socket)})
 
 

@@ -17,7 +17,7 @@ from socket_trt.config import SocketConfig
 from socket_trt.engine.manifest import MANIFEST_FILE, EngineDirectory
 from socket_trt.errors import CheckpointError, EngineError, GraphError
 from socket_trt.progress import Silent
-from socket_trt.validation.report import ValidationReport
+from socket_trt.validation.report import Gate, ValidationReport
 from socket_trt.validation.scenario import first_sparse_length, make_scenario
 from socket_trt.validation.validate import validate_engine
 from socket_trt.weights import sha256_of
@@ -130,6 +130,19 @@ def test_sixteen_bit_codes(tmp_path: Path) -> None:
     assert outcomes(validate_engine(engine, Silent())) == ["passed"] * 5
 
 
+def test_attention_is_compared_sparse_below_the_length_from_which_it_is(tmp_path: Path) -> None:
+    """And a fault in it is found there."""
+    engine = copy_engine(tiny_engine(min_length=400), tmp_path / "engine")
+    report = validate_engine(engine, Silent())
+    assert set(outcomes(report)) == {"passed"}
+    assert max(make_scenario(engine.manifest).lengths) < 400
+    faulty = copy_engine(
+        tiny_engine(min_length=400), tmp_path / "faulty", attribute("window", lambda window: window + 1)
+    )
+    found = {gate.gate: gate.outcome for gate in validate_engine(faulty, Silent()).gates}
+    assert found[Gate.selections] == "failed"
+
+
 def test_a_dense_engine_selects_nothing(tmp_path: Path) -> None:
     from socket_trt.config import AttentionKind
 
@@ -194,10 +207,11 @@ def test_a_graph_without_its_operators_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (SocketConfig(), 128 + 128 + 1024 + 1),
-        (SocketConfig(sink=8, window=8, budget_tokens=0, budget_permille=100), 19),
+        (SocketConfig(min_length=0), 128 + 128 + 1024 + 1),
+        (SocketConfig(min_length=0, sink=8, window=8, budget_tokens=0, budget_permille=100), 19),
+        (SocketConfig(), 32769),
         (SocketConfig(min_length=5000), 5001),
-        (SocketConfig(sink=0, window=1, budget_tokens=0, budget_permille=0), 2),
+        (SocketConfig(min_length=0, sink=0, window=1, budget_tokens=0, budget_permille=0), 2),
         (SocketConfig(budget_permille=1000), None),
     ],
 )

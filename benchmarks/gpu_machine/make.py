@@ -23,7 +23,7 @@ from socket_trt.models.presets import find_preset
 from tests.families import CONFIGS, GPU_CHANGES, save_checkpoint
 
 # A budget so small that a short prompt is already sparse.
-SMALL = ["--page-size", "32", "--sink", "32", "--window", "32", "--budget", "0.05"]
+SMALL = ["--page-size", "32", "--sink", "32", "--window", "32", "--budget", "0.05", "--min-length", "0"]
 SMALL += ["--max-seq-len", "1024", "--max-batch-size", "4"]
 
 # Longer contexts than the model was made for: its shapes are wanted, not its answers.

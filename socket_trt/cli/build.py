@@ -142,7 +142,10 @@ def _summary(manifest: Manifest, output: Path) -> object:
         ("", ""),
         [
             ("model", f"{manifest.model.name} ({manifest.model.family}, {manifest.model.layers} layers)"),
-            ("attention", f"{manifest.attention.value}, {manifest.model.layers} SocketAttention nodes"),
+            (
+                "attention",
+                f"{manifest.attention.value}, {manifest.model.layers} SocketAttention nodes{_dense_up_to(manifest)}",
+            ),
             ("graph", f"{graph.name}, {human_bytes(graph.stat().st_size)}, opset {manifest.graph.opset}"),
             ("weights", f"{manifest.weights.mode}, {human_bytes(weights)}"),
             ("runs on", f"{manifest.backend}, {manifest.dtype}"),
@@ -150,6 +153,15 @@ def _summary(manifest: Manifest, output: Path) -> object:
             ("next", following),
         ],
     )
+
+
+def _dense_up_to(manifest: Manifest) -> str:
+    length = manifest.socket.min_length
+    if manifest.attention is AttentionKind.dense or length == 0:
+        return ""
+    if length < manifest.max_seq_len:
+        return f", dense up to {length} tokens"
+    return f", always dense: no sequence here is longer than --min-length {length}"
 
 
 def plan_text(manifest: Manifest) -> str:

@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from socket_trt import __version__
-from socket_trt.cli import bench, build, compile, deploy, doctor, eval, generate, inspect, validate
+from socket_trt.cli import bench, build, compile, deploy, doctor, eval, generate, inspect, tune, validate
 from socket_trt.cli.console import err, out
 from socket_trt.errors import SocketTrtError
 
@@ -30,6 +30,7 @@ app.command("inspect")(inspect.inspect)
 app.command("validate")(validate.validate)
 app.command("generate")(generate.generate)
 app.command("eval")(eval.eval_)
+app.command("tune")(tune.tune)
 app.command("bench")(bench.bench)
 app.command("deploy")(deploy.deploy)
 app.command("doctor")(doctor.doctor)

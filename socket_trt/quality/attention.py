@@ -62,9 +62,9 @@ def quality_attention_forward(
     past = key.shape[2] - tokens
     window, cap = sliding_window or -1, softcap or 0.0
     if tokens > 1 and past == 0 and window < 0 and cap == 0:
-        output = nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=True
-        )
+        # Keys of each query head: with enable_gqa, float32 on a GPU would build the whole matrix of weights.
+        key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1) for tensor in (key, value))
+        output = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
         return output.transpose(1, 2).contiguous(), None
     q, k, v = (tensor.flatten(0, 1) for tensor in (query, key, value))  # sequences stacked in the heads
     if tokens > 1:
@@ -123,12 +123,14 @@ class Decoder:
         """
         generated = []
         self.rewind()
-        for turns in zip(*(sample.turns for sample in samples), strict=True):
+        last = len(samples[0].turns) - 1
+        for number, turns in enumerate(zip(*(sample.turns for sample in samples), strict=True)):
             logits = self.feed(_stack([turn.question for turn in turns], self._device))
             asked = self.length
             generated.append(self.generate(logits, len(turns[0].answer)).tolist())
             self.rewind(asked)
-            self.feed(_stack([turn.answer for turn in turns], self._device))
+            if number < last:
+                self.feed(_stack([turn.answer for turn in turns], self._device))
         return [list(turns) for turns in zip(*generated, strict=True)]
 
     def feed(self, tokens: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,7 +22,7 @@ from socket_trt.errors import ConfigError, EngineError
 from socket_trt.progress import Progress
 from socket_trt.quality.tasks import TASKS, Sample, make_sample, score
 from socket_trt.quality.vocabulary import Vocabulary
-from socket_trt.runtime.open import open_session
+from socket_trt.runtime.open import max_step_tokens, open_session
 from socket_trt.runtime.sampling import SamplingParameters
 from socket_trt.runtime.scheduler import Scheduler
 from socket_trt.runtime.session import Session
@@ -48,12 +48,13 @@ class EvalOptions:
 
 @dataclasses.dataclass(frozen=True)
 class SampleResult:
-    """score: mean of its turns'; generated: token ids of each turn."""
+    """score: mean of its turns'; generated: token ids of each turn; text: of a suite of texts, what they say."""
 
     task: str
     index: int
     score: float
     generated: list[list[int]]
+    text: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,23 @@ def run_eval(engine: EngineDirectory, options: EvalOptions, progress: Progress, 
             "ones, or build it with a larger --max-seq-len"
         )
     about = {
+        **about_engine(engine),
+        "length": options.length,
+        "seed": options.seed,
+        "vocabulary": dataclasses.asdict(options.vocabulary),
+    }
+    wanted = [(task, index) for task in options.tasks for index in range(options.samples)]
+
+    def answer(session: Session, missing: Sequence[tuple[str, int]]) -> Iterable[SampleResult]:
+        return answer_all(session, missing, options, progress, max_step_tokens(engine))
+
+    return resumed(engine, about, wanted, answer, progress, output)
+
+
+def about_engine(engine: EngineDirectory) -> dict[str, Any]:
+    """What results depend on besides the questions."""
+    manifest = engine.manifest
+    return {
         "model": manifest.model.name,
         "graph": manifest.graph.sha256,
         "weights": sorted(record.sha256 for record in manifest.weights.files.values()),
@@ -104,26 +122,26 @@ def run_eval(engine: EngineDirectory, options: EvalOptions, progress: Progress, 
         "attention": manifest.attention.value,
         "dtype": manifest.dtype,
         "socket": manifest.socket.model_dump(mode="json"),
-        "length": options.length,
-        "seed": options.seed,
-        "vocabulary": dataclasses.asdict(options.vocabulary),
     }
+
+
+def resumed(
+    engine: EngineDirectory,
+    about: dict[str, Any],
+    wanted: Sequence[tuple[str, int]],
+    answer: Callable[[Session, Sequence[tuple[str, int]]], Iterable[SampleResult]],
+    progress: Progress,
+    output: Path | None,
+) -> EvalReport:
+    """The results of all `wanted` (task, index): those that `output` has, and those that `answer` yields of the others."""
     done = _read(output, about) if output is not None and output.exists() else []
     have = {(result.task, result.index): result for result in done}
-    wanted = [(task, index) for task in options.tasks for index in range(options.samples)]
     missing = [key for key in wanted if key not in have]
     if missing:
         session = open_session(engine, progress=progress)
-        plan = manifest.plan
         try:
             with _sink(output, about) as file:
-                for result in answer_all(
-                    session,
-                    missing,
-                    options,
-                    progress,
-                    plan.max_step_tokens if plan is not None else DEFAULT_MAX_STEP_TOKENS,
-                ):
+                for result in answer(session, missing):
                     have[result.task, result.index] = result
                     file.write(json.dumps(dataclasses.asdict(result)) + "\n")
                     file.flush()
@@ -137,13 +155,13 @@ def answer_all(
     wanted: Sequence[tuple[str, int]],
     options: EvalOptions,
     progress: Progress,
-    max_step_tokens: int = DEFAULT_MAX_STEP_TOKENS,
+    step_tokens: int = DEFAULT_MAX_STEP_TOKENS,
 ) -> Iterable[SampleResult]:
     """Yield the result of each wanted (task, index) as it is ready; the session's batch is kept full.
 
     Raises what the session raised where a step failed.
     """
-    scheduler = Scheduler(session, max_step_tokens=max_step_tokens)
+    scheduler = Scheduler(session, max_step_tokens=step_tokens)
     queue = iter(wanted)
     asked: dict[int, tuple[_Open, int]] = {}  # by request: a sample and a turn of it
     with progress.task(f"Answering {len(wanted)} samples of {options.length} tokens", len(wanted)) as advance:

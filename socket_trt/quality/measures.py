@@ -47,7 +47,9 @@ class Share:
                 f"{self.kept:.1%} of {length} tokens are {total}, fewer than sink and window ({self.sink} + {self.window}):"
                 " keep more, take a longer length, or shorten sink and window"
             )
-        config = SocketConfig.create(sink=self.sink, window=self.window, budget_tokens=chosen, budget_permille=0)
+        config = SocketConfig.create(
+            sink=self.sink, window=self.window, budget_tokens=chosen, budget_permille=0, min_length=0
+        )
         return config.attributes(attention.scale, attention.sliding_window, attention.softcap)
 
 

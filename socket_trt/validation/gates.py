@@ -116,7 +116,7 @@ def operators(engine: EngineUnderTest, reference: Reference, tolerances: Toleran
     failed, worst = [], 0.0
     for layer, calls in _by_layer(reference.calls).items():
         answers = _operator_answers(engine, reference, layer, calls, tolerances)
-        runners = [KnownAnswers(answers, "reference", calls[0].inputs), engine.operator(layer)]
+        runners = [KnownAnswers(answers, "reference", calls[0].inputs), _operator(engine, layer, calls)]
         results = Comparator.run(runners, data_loader=[call.inputs for call in calls])
         found = results[runners[1].name]
         for expected, actual in zip(results["reference"], found, strict=True):
@@ -135,13 +135,18 @@ def operators(engine: EngineUnderTest, reference: Reference, tolerances: Toleran
     )
 
 
+def _operator(engine: EngineUnderTest, layer: int, calls: list[OperatorCall], **changes: Any) -> BaseRunner:
+    """The graph's operator, sparse from where the reference's calls are (`scenario.validated_config`)."""
+    return engine.operator(layer, min_length=calls[0].attributes.min_length, **changes)
+
+
 def _operator_answers(
     engine: EngineUnderTest, reference: Reference, layer: int, calls: list[OperatorCall], tolerances: Tolerances
 ) -> Iterator[Arrays]:
     if not tolerances.own_sets:
         yield from (reference.outputs(call) for call in calls)
         return
-    with engine.operator(layer, scale=0.0) as probe:
+    with _operator(engine, layer, calls, scale=0.0) as probe:
         for call in calls:
             answer = reference.outputs(call)
             output = answer["output"].copy()
@@ -156,7 +161,7 @@ def code_bits_written(engine: EngineUnderTest, reference: Reference, tolerances:
     """Code bits that the operator writes, against float64 projections, away from zero and near it."""
     wrong = near_zero = near_zero_differ = total = 0
     for layer, calls in _by_layer(reference.calls).items():
-        with engine.operator(layer) as runner:
+        with _operator(engine, layer, calls) as runner:
             for call in calls:
                 codes = written_codes(runner.infer(call.inputs)["code_cache_out"], call.inputs)
                 bits, clear = reference.bits(call, tolerances.margins.projection)
@@ -180,7 +185,7 @@ def selections(engine: EngineUnderTest, reference: Reference, tolerances: Tolera
     overlaps: list[float] = []
     wrong = 0
     for layer, calls in _by_layer(reference.calls).items():
-        with engine.operator(layer, scale=0.0) as probe:
+        with _operator(engine, layer, calls, scale=0.0) as probe:
             for call in calls:
                 for row, sets in reference.sets(call, tolerances.margins.score).items():
                     found = attended_tokens(_output_of(probe), call.inputs, row)

@@ -29,7 +29,7 @@ from socket_trt.validation.reference import (
     greedy_prompt,
 )
 from socket_trt.validation.runners import feed_dict
-from socket_trt.validation.scenario import Scenario
+from socket_trt.validation.scenario import Scenario, validated_config
 from socket_trt.validation.selection_probe import Arrays, decode_rows
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def load_model(engine: EngineDirectory) -> PreTrainedModel:
 def record_calls(model: PreTrainedModel, manifest: Manifest, scenario: Scenario) -> list[OperatorCall]:
     """Inputs of every layer's operator in every step, from the PyTorch model with the reference operator in it."""
     stock = model.config._attn_implementation
-    packed = PackedModel(model, manifest.socket, manifest.model.head_size)
+    packed = PackedModel(model, validated_config(manifest), manifest.model.head_size)
     calls: list[OperatorCall] = []
     caches = empty_caches(
         manifest.model.layers,
