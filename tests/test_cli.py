@@ -177,6 +177,18 @@ def test_validate_fails_with_status_one(run: Run, engine: Path) -> None:
     assert "failed: " in run("inspect", engine).out
 
 
+@pytest.mark.parametrize(
+    ("min_length", "said"), [(0, ""), (100, ", dense up to 100 tokens"), (512, ", always dense: no sequence here")]
+)
+def test_inspect_says_where_attention_is_dense(run: Run, engine: Path, min_length: int, said: str) -> None:
+    manifest = json.loads((engine / "build.json").read_text())
+    manifest["socket"]["min_length"] = min_length
+    (engine / "build.json").write_text(json.dumps(manifest))
+    (line,) = [line for line in run("inspect", engine).out.splitlines() if line.startswith("attention")]
+    assert ("dense" in line) == bool(said)
+    assert said in line
+
+
 def test_inspect_says_what_is_wrong(run: Run, engine: Path) -> None:
     fields = json.loads(run("inspect", engine, "--json").out)
     assert fields["state"] == "whole"

@@ -144,7 +144,7 @@ def _summary(manifest: Manifest, output: Path) -> object:
             ("model", f"{manifest.model.name} ({manifest.model.family}, {manifest.model.layers} layers)"),
             (
                 "attention",
-                f"{manifest.attention.value}, {manifest.model.layers} SocketAttention nodes{_dense_up_to(manifest)}",
+                f"{manifest.attention.value}, {manifest.model.layers} SocketAttention nodes{dense_up_to(manifest)}",
             ),
             ("graph", f"{graph.name}, {human_bytes(graph.stat().st_size)}, opset {manifest.graph.opset}"),
             ("weights", f"{manifest.weights.mode}, {human_bytes(weights)}"),
@@ -155,7 +155,8 @@ def _summary(manifest: Manifest, output: Path) -> object:
     )
 
 
-def _dense_up_to(manifest: Manifest) -> str:
+def dense_up_to(manifest: Manifest) -> str:
+    """Up to which length an engine of sparse attention attends densely, to be read behind its kind of attention."""
     length = manifest.socket.min_length
     if manifest.attention is AttentionKind.dense or length == 0:
         return ""

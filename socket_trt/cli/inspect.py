@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from socket_trt.cli.build import plan_text
+from socket_trt.cli.build import dense_up_to, plan_text
 from socket_trt.cli.console import out, table
 from socket_trt.cli.extras import needs
 from socket_trt.cli.sizes import human_bytes
@@ -97,7 +97,7 @@ def _rows(manifest: Manifest, memory: Memory, state: str, validation: str) -> li
             "shape",
             f"{model.layers} layers, {model.query_heads} query heads, {model.kv_heads} KV heads of {model.head_size}",
         ),
-        ("attention", manifest.attention.value),
+        ("attention", f"{manifest.attention.value}{dense_up_to(manifest)}"),
         ("codes", f"{socket.tables} tables of {socket.planes} planes, temperature {socket.temperature}"),
         (
             "attended",

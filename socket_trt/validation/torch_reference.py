@@ -96,7 +96,7 @@ def transformers_step(model: PreTrainedModel, batch: StepBatch, caches: dict[int
         cache = caches.setdefault(row, DynamicCache(config=model.config))
         with torch.no_grad():
             ids = torch.from_numpy(batch.input_ids[first:last])[None].long()
-            result = model(input_ids=ids, past_key_values=cache)
+            result = model(ids, None, None, cache)  # by position: transformers 5.24 renamed `past_key_values`
         rows.append(result.logits[0, batch.logits_indices[row] - first].float().numpy())
     return np.stack(rows)
 
