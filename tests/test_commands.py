@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,8 @@ def test_eight_six(machine: FakeMachine) -> None:
     trtexec = commands["trtexec"]
     assert options_of(trtexec, "onnx") == [str(engine.path / "network.onnx")]
     assert options_of(trtexec, "saveEngine") == [str(engine.path / "engine.plan")]
+    (plugin,) = options_of(trtexec, "dynamicPlugins")
+    assert Path(plugin).name == "libsocket_trt_plugin_8.so"
     assert options_of(trtexec, "precisionConstraints") == ["obey"]
     assert {"--fp16", "--skipInference", "--preview=+profileSharing0806"} <= set(shlex.split(trtexec))
     (types,) = options_of(trtexec, "layerPrecisions")
@@ -38,6 +41,8 @@ def test_eight_six(machine: FakeMachine) -> None:
     assert "past_key_values.1.norm:129x2x16" in largest
     polygraphy = shlex.split(commands["polygraphy"])
     assert polygraphy[:4] == ["polygraphy", "run", str(engine.path / "network.onnx"), "--trt"]
+    # Polygraphy only opens a library: the one that registers the plugin by itself.
+    assert polygraphy[polygraphy.index("--plugins") + 1] == plugin.replace("_plugin_", "_autoload_")
     assert polygraphy.count("--trt-opt-shapes") == 3
     assert "page_table:[4,32]" in polygraphy
     assert polygraphy[polygraphy.index("--precision-constraints") + 1] == "obey"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from socket_trt.engine.compile import NETWORK_FILE, load_network, plan_profiles
 from socket_trt.engine.manifest import EngineDirectory, Manifest, PlanRecord, TensorRecord
-from socket_trt.engine.plugin import find_plugin
+from socket_trt.engine.plugin import autoload_name, find_plugin
 from socket_trt.engine.profiles import Profile, Shape
 from socket_trt.errors import EngineError, MissingDependencyError
 from socket_trt.onnx.network import NetworkGraph
@@ -30,11 +30,12 @@ def build_commands(engine: EngineDirectory) -> dict[str, str]:
         plugin = find_plugin(record.tensorrt)
     except MissingDependencyError:
         plugin = Path(record.plugin)
+    autoload = plugin.with_name(autoload_name(_major(record)))
     held = float32_layers(load_network(engine, _major(record))) if _major(record) < 10 else []
     network = engine.path / NETWORK_FILE
     return {
         "trtexec": trtexec_command(manifest, record, network, plugin, held),
-        "polygraphy": polygraphy_command(manifest, record, network, plugin, held),
+        "polygraphy": polygraphy_command(manifest, record, network, autoload, held),
     }
 
 
@@ -47,10 +48,14 @@ def float32_layers(graph: NetworkGraph) -> list[str]:
 def trtexec_command(
     manifest: Manifest, record: PlanRecord, network: Path, plugin: Path, float32_layers: list[str]
 ) -> str:
-    """`trtexec` for this plan.  `float32_layers`: names of layers that TensorRT 8.6 is held to float32 in."""
+    """`trtexec` for this plan.
+
+    plugin          the library that TensorRT's registry loads
+    float32_layers  names of layers that TensorRT 8.6 is held to float32 in
+    """
     parts = ["trtexec", f"--onnx={network}", f"--saveEngine={network.with_name(record.file)}"]
     major = _major(record)
-    parts.append(f"--staticPlugins={plugin}")
+    parts.append(f"--dynamicPlugins={plugin}")
     for index, profile in enumerate(plan_profiles(manifest, record)):
         if major >= 10:
             parts.append(f"--profile={index}")
@@ -74,10 +79,13 @@ def trtexec_command(
 
 
 def polygraphy_command(
-    manifest: Manifest, record: PlanRecord, network: Path, plugin: Path, float32_layers: list[str]
+    manifest: Manifest, record: PlanRecord, network: Path, autoload: Path, float32_layers: list[str]
 ) -> str:
-    """`polygraphy run` that builds this plan and runs it once on inputs of its own."""
-    parts = ["polygraphy", "run", str(network), "--trt", "--plugins", str(plugin)]
+    """`polygraphy run` that builds this plan and runs it once on inputs of its own.
+
+    autoload  the library that registers the plugin when it is opened, which is all that Polygraphy does with it
+    """
+    parts = ["polygraphy", "run", str(network), "--trt", "--plugins", str(autoload)]
     for profile in plan_profiles(manifest, record):
         for position, option in enumerate(_SHAPE_OPTIONS):
             parts.append(f"--trt-{option}-shapes")

@@ -37,6 +37,10 @@ def library_name(major: int) -> str:
     return f"libsocket_trt_plugin_{major}.so"
 
 
+def autoload_name(major: int) -> str:
+    return f"libsocket_trt_autoload_{major}.so"
+
+
 def _directories() -> list[Path]:
     """Where libraries lie: beside this package, or in a build directory of the repository."""
     package = Path(__file__).resolve().parents[1]
@@ -75,7 +79,7 @@ def find_autoload(tensorrt_version: str) -> Path:
     Raises MissingDependencyError where `find_plugin` does, or where it does not lie beside the plugin library.
     """
     plugin = find_plugin(tensorrt_version)
-    path = plugin.with_name(f"libsocket_trt_autoload_{tensorrt_version.split('.')[0]}.so")
+    path = plugin.with_name(autoload_name(int(tensorrt_version.split(".")[0])))
     if not path.is_file():
         raise MissingDependencyError(f"{path.name} does not lie beside {plugin}: {_BUILD}")
     return path
