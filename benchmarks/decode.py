@@ -27,7 +27,7 @@ KEPT = 30  # per mille
 ENGINES: dict[str, dict[str, Any]] = {
     "llama3-8b": {
         "layers": 32,
-        "socket": SocketConfig(budget_permille=KEPT),
+        "socket": SocketConfig(budget_permille=KEPT, min_length=0),
         "max_batch_size": 4,
         "max_seq_len": 512 << 10,
         "options": BenchOptions(
@@ -36,7 +36,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     },
     "llama3-8b-1layer": {
         "layers": 1,
-        "socket": SocketConfig(budget_permille=KEPT, planes=10, temperature=0.4),
+        "socket": SocketConfig(budget_permille=KEPT, planes=10, temperature=0.4, min_length=0),
         "max_batch_size": 1,
         "max_seq_len": 144 << 10,
         "options": BenchOptions([Case(1, 18 << 10), Case(1, 140 << 10)], steps=200, random_weights=True),

@@ -26,7 +26,8 @@ def main(checkpoint: Path, output: Path, max_seq_len: int = 8192, dense_local: b
     config = load_config(checkpoint)
     if config.model_type != "gemma2":
         raise SystemExit(f"{checkpoint} is a {config.model_type}; this script exports Gemma2")
-    model = export_model(config, SocketConfig(), torch.float16, min(max_seq_len, config.max_position_embeddings))
+    socket = SocketConfig(min_length=0)  # the default, dense up to 32K tokens, is more than Gemma2 takes
+    model = export_model(config, socket, torch.float16, min(max_seq_len, config.max_position_embeddings))
     attach_weights(model, index_checkpoint(checkpoint), config.tie_word_embeddings)
 
     for layer, node in enumerate(attention_nodes(model)):

@@ -20,13 +20,21 @@ from socket_trt.onnx.weights import attach_weights
 from socket_trt.weights import index_checkpoint
 
 
-def main(checkpoint: Path, output: Path, max_seq_len: int = 8192, budget_permille: int = 50, opset: int = 18) -> None:
+def main(
+    checkpoint: Path,
+    output: Path,
+    max_seq_len: int = 8192,
+    budget_permille: int = 50,
+    min_length: int = 0,
+    opset: int = 18,
+) -> None:
     config = load_config(checkpoint)
     if config.model_type not in ("llama", "mistral"):
         raise SystemExit(f"{checkpoint} is a {config.model_type}; this script exports Llama and Mistral")
 
     # 1. The graph, from the configuration alone: attention becomes SocketAttention on packed tokens and a paged cache.
-    socket = SocketConfig(budget_permille=budget_permille)
+    # `socket-trt build` attends densely up to 32K tokens, where that is as fast; this selects from the start.
+    socket = SocketConfig(budget_permille=budget_permille, min_length=min_length)
     model = export_model(config, socket, torch.float16, max_seq_len, opset)
 
     # 2. The weights: every initializer is pointed at its bytes in the checkpoint.

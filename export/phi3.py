@@ -26,7 +26,7 @@ def main(checkpoint: Path, output: Path, max_seq_len: int = 4096) -> None:
     config = load_config(checkpoint)
     if config.model_type != "phi3":
         raise SystemExit(f"{checkpoint} is a {config.model_type}; this script exports Phi-3")
-    model = export_model(config, SocketConfig(), torch.float16, max_seq_len)
+    model = export_model(config, SocketConfig(min_length=0), torch.float16, max_seq_len)
     attach_weights(model, index_checkpoint(checkpoint), config.tie_word_embeddings)
     save_graph(model, output)
 

@@ -25,7 +25,7 @@ def main(checkpoint: Path, output: Path, max_seq_len: int = 8192) -> None:
     config = load_config(checkpoint)
     if config.model_type not in ("qwen2", "qwen3"):
         raise SystemExit(f"{checkpoint} is a {config.model_type}; this script exports Qwen2, Qwen2.5 and Qwen3")
-    socket = SocketConfig(tables=60, planes=10, temperature=0.4, sink=128, window=128, budget_permille=50)
+    socket = SocketConfig(tables=60, planes=10, temperature=0.4, sink=128, window=128, budget_permille=50, min_length=0)
     model = export_model(config, socket, torch.float16, max_seq_len)
     attach_weights(model, index_checkpoint(checkpoint), config.tie_word_embeddings)
     save_graph(model, output)

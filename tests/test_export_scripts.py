@@ -69,7 +69,7 @@ def test_phi3(length: int, chosen: str, tmp_path: Path) -> None:
 
 def test_gemma2(tmp_path: Path) -> None:
     model, printed = export("gemma2.py", "gemma2", tmp_path, "--max-seq-len", 512)
-    assert attributes(model, "min_length") == [INT32_MAX, 32768]
+    assert attributes(model, "min_length") == [INT32_MAX, 0]
     assert attributes(model, "softcap") == [5.0, 5.0]
     assert "layer 0: sees the last 40 tokens, dense" in printed
     assert "layer 1: sees everything, selects" in printed
