@@ -12,6 +12,7 @@ import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,25 +69,24 @@ def read_header(path: Path) -> dict[str, TensorLocation]:
         ) from None
     except (struct.error, UnicodeDecodeError, json.JSONDecodeError):
         raise CheckpointError(f"{path}: not a safetensors file, or truncated; download it again") from None
-    base = 8 + header_length
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        begin, end = entry["data_offsets"]
-        if base + end > size:
-            raise CheckpointError(
-                f"{path}: truncated: {name} ends at byte {base + end}, the file at {size}; download it again"
-            )
-        shape = tuple(entry["shape"])
-        if entry["dtype"] in ITEM_SIZE and end - begin != math.prod(shape) * ITEM_SIZE[entry["dtype"]]:
-            raise CheckpointError(
-                f"{path}: {name} has {end - begin} bytes, which is not {entry['dtype']} {list(shape)}"
-            )
-        tensors[name] = TensorLocation(
-            file=path.name, offset=base + begin, length=end - begin, dtype=entry["dtype"], shape=shape
+    try:
+        entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+        return {name: _locate(path, size, 8 + header_length, name, entry) for name, entry in entries}
+    except (AttributeError, KeyError, TypeError, ValueError):  # JSON, but not a header's
+        raise CheckpointError(f"{path}: not a safetensors file; download it again") from None
+
+
+def _locate(path: Path, size: int, base: int, name: str, entry: dict[str, Any]) -> TensorLocation:
+    """A header's entry as a place in the file of `size` bytes, whose data begins at `base`."""
+    begin, end = entry["data_offsets"]
+    if base + end > size:
+        raise CheckpointError(
+            f"{path}: truncated: {name} ends at byte {base + end}, the file at {size}; download it again"
         )
-    return tensors
+    shape = tuple(entry["shape"])
+    if entry["dtype"] in ITEM_SIZE and end - begin != math.prod(shape) * ITEM_SIZE[entry["dtype"]]:
+        raise CheckpointError(f"{path}: {name} has {end - begin} bytes, which is not {entry['dtype']} {list(shape)}")
+    return TensorLocation(file=path.name, offset=base + begin, length=end - begin, dtype=entry["dtype"], shape=shape)
 
 
 def index_checkpoint(directory: Path) -> dict[str, TensorLocation]:

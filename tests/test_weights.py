@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,15 @@ def test_truncated_shard(keep: int, tmp_path: Path) -> None:
     shard = sorted(written(tmp_path, shard_bytes=100).glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=rf"{re.escape(shard.name)}: .*truncated"):
+        index_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header", ["[]", '{"a": 1}', '{"a": {}}', '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0]}}']
+)
+def test_json_that_is_no_header(header: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
         index_checkpoint(tmp_path)
 
 
