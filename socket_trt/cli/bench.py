@@ -40,7 +40,7 @@ def bench(
 ) -> None:
     """Time decode steps and prefill of a TensorRT engine, SOCKET against dense, on caches of random keys and values."""
     engine = EngineDirectory.open(directory)
-    with needs("tensorrt", others={"matplotlib": "plot"}):
+    with needs("tensorrt", "benchmarking", others={"matplotlib": "plot"}):
         from socket_trt.benchmark import BenchOptions, parse_cases, plot, run_benchmark
 
         _check_outputs(output, plot_file)

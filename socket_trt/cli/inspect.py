@@ -66,7 +66,7 @@ def inspect(
 
 
 def _print_commands(engine: EngineDirectory, as_json: bool) -> None:
-    with needs("tensorrt"):
+    with needs("tensorrt", "--commands"):
         from socket_trt.engine.commands import build_commands
     lines = build_commands(engine)
     if as_json:
