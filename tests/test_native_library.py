@@ -112,6 +112,7 @@ def test_workspace_grows_with_the_shapes(library: native.NativeLibrary) -> None:
         ({"head_size": 80}, native.UNSUPPORTED, "head_size is 80"),
         ({"pages_per_sequence": 2**21}, native.UNSUPPORTED, "a sequence: at most"),
         ({"pages": 2**30}, native.UNSUPPORTED, "a pool of"),
+        ({"tokens": 2**23}, native.UNSUPPORTED, "a step of 8388608 tokens of"),
     ],
 )
 def test_refuses_with_a_message(
@@ -132,8 +133,11 @@ def test_refuses_null_and_misaligned_pointers(library: native.NativeLibrary) -> 
         library.attention(made, 0)
 
 
-def test_nothing_to_do_succeeds(library: native.NativeLibrary) -> None:
-    library.attention(params(tokens=0), 0)
+@pytest.mark.parametrize("empty", [{"tokens": 0}, {"tokens": 0, "sequences": 0}])
+def test_nothing_to_do_succeeds(empty: dict[str, int], library: native.NativeLibrary) -> None:
+    made = params(**empty)
+    assert library.workspace_bytes(made) >= 0
+    library.attention(made, 0)
 
 
 def test_selection_view_lies_inside_the_workspace(library: native.NativeLibrary) -> None:

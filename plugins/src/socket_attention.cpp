@@ -87,6 +87,12 @@ int32_t check_shapes(const SocketTrtAttentionParams* params) {
         return fail(SOCKET_TRT_UNSUPPORTED, "a pool of %d pages of %d tokens: at most 2^31 - 1 tokens", p.pages,
                     p.page_size);
     }
+    // Tiles of prompts lie along the second axis of a grid.
+    if (p.tokens / kPrefillRows + static_cast<int64_t>(p.sequences) > 65535) {
+        return fail(SOCKET_TRT_UNSUPPORTED,
+                    "a step of %d tokens of %d sequences: at most 65535 sequences and tiles of %d", p.tokens,
+                    p.sequences, kPrefillRows);
+    }
     return SOCKET_TRT_SUCCESS;
 }
 
@@ -147,6 +153,7 @@ cudaError_t current_device(Device& device) {
 // Programs that attend to one item and set of heads: two for each multiprocessor, which hold the bytes in flight that
 // memory needs, and none with less than `least` tokens.
 int plan_splits(const Device& device, int64_t sets, int64_t tokens, int least) {
+    if (sets < 1) return 1;  // a step without tokens
     const int64_t wanted = 2 * device.multiprocessors / sets;
     const int64_t most = (tokens + least - 1) / least;
     const int64_t splits = wanted < most ? wanted : most;

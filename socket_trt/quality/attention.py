@@ -72,7 +72,7 @@ def quality_attention_forward(
     else:
         attention = Attention(q[:, 0], k, v, scale, window, cap)
         if observe is not None:
-            observe(int(module.layer_idx), attention)  # type: ignore[arg-type]
+            observe(int(module.layer_idx), attention)  # type: ignore[arg-type]  # set by transformers on every attention module
         mask = choice.method.attended(q[:, 0], k, v, choice.attributes(past + 1, attention))[:, None]
     output = attend(q, k, v, mask, scale, cap).reshape(query.shape)
     return output.transpose(1, 2).contiguous(), None
