@@ -19,12 +19,17 @@ $(STAMP):
 	rm -f $(VENV)/.installed-*
 	touch $@
 
-# Build, validate and generate from `tiny`, with a budget small enough that a short prompt is already sparse.
+# Build, validate and generate from `tiny`, with a budget small enough that a short prompt is already sparse; then the same
+# with a small model trained to find what a question asks for, and its answers.
 demo: setup
 	$(BIN)/socket-trt build --model tiny --output $(DEMO) --force \
 		--sink 32 --window 32 --budget 0.05 --min-length 0 --page-size 32
 	$(BIN)/socket-trt validate $(DEMO)
 	$(BIN)/socket-trt generate $(DEMO) --prompt-file docs/method.md --max-tokens 64
+	$(BIN)/socket-trt build --model benchmarks/models/retriever-small --output $(DEMO)-retriever --force \
+		--sink 4 --window 4 --budget 0.1 --min-length 0 --page-size 16 --max-seq-len 1024
+	$(BIN)/socket-trt validate $(DEMO)-retriever
+	$(BIN)/socket-trt eval $(DEMO)-retriever --suite single,haystack --samples 8
 
 # The CUDA library and the plugins, for two architectures: enough to know that they compile, load and check arguments.
 NATIVE_ARCHITECTURES ?= 80;90

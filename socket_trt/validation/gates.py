@@ -71,7 +71,10 @@ def whole_model(
     known = KnownAnswers(
         ({names.LOGITS: logits} for logits in reference.logits()), "transformers", feed_dict(scenario.steps[0])
     )
-    return _logits_gate(Gate.whole_model, known, "transformers", open_dense, scenario, tolerances)
+    bound, why = tolerances.logits, ""
+    if 2 * reference.rounding() > bound:  # sharp attention magnifies rounding, transformers' as well as ours
+        bound, why = 2 * reference.rounding(), ": twice transformers' own distance from float64"
+    return _logits_gate(Gate.whole_model, known, "transformers", open_dense, scenario, bound, why)
 
 
 def runtimes(
@@ -79,16 +82,22 @@ def runtimes(
 ) -> GateResult:
     """The same graph on TensorRT and on ONNX Runtime, its budget keeping everything."""
     other = SessionRunner(open_onnxruntime, "onnxruntime", scenario.steps[0])
-    return _logits_gate(Gate.runtimes, other, "ONNX Runtime", open_dense, scenario, tolerances)
+    return _logits_gate(Gate.runtimes, other, "ONNX Runtime", open_dense, scenario, tolerances.logits)
 
 
 def _logits_gate(
-    gate: Gate, expected: BaseRunner, whose: str, open_session: OpenSession, scenario: Scenario, tolerances: Tolerances
+    gate: Gate,
+    expected: BaseRunner,
+    whose: str,
+    open_session: OpenSession,
+    scenario: Scenario,
+    bound: float,
+    why: str = "",
 ) -> GateResult:
     """Logits of a session in every step, against those of `expected`."""
     runners = [expected, SessionRunner(open_session, "engine", scenario.steps[0])]
     results = Comparator.run(runners, data_loader=[feed_dict(step) for step in scenario.steps])
-    compare = SimpleCompareFunc(atol=tolerances.logits, rtol=tolerances.logits, check_error_stat="elemwise")
+    compare = SimpleCompareFunc(atol=bound, rtol=bound, check_error_stat="elemwise")
     passed = bool(Comparator.compare_accuracy(results, compare_func=compare))
     pairs = zip(results[expected.name], results["engine"], strict=True)
     worst = max(float(np.abs(a[names.LOGITS] - b[names.LOGITS]).max()) for a, b in pairs)
@@ -96,7 +105,7 @@ def _logits_gate(
         gate=gate,
         outcome="passed" if passed else "failed",
         measured=f"logits differ by {worst:.1e}",
-        bound=f"{tolerances.logits:.0e} absolute + relative",
+        bound=f"{bound:.0e} absolute + relative{why}",
         detail=f"{len(scenario.steps)} steps of prefill, chunked prefill and decode against {whose}",
     )
 

@@ -73,6 +73,10 @@ class Reference(ABC):
         """Logits [B, V] of every step, of transformers' own model and attention."""
 
     @abstractmethod
+    def rounding(self) -> float:
+        """How far those logits are at most from the same model's in float64; 0 for a model too large to ask."""
+
+    @abstractmethod
     def outputs(self, call: OperatorCall) -> Arrays:
         """The operator's outputs, named as `names.OPERATOR_OUTPUTS`."""
 
@@ -115,6 +119,7 @@ def record_reference(
     arrays: dict[str, npt.NDArray[Any]] = {}
     for number, logits in enumerate(reference.logits()):
         arrays[f"logits/{number}"] = logits
+    arrays["rounding"] = np.array(reference.rounding())
     greedy = reference.greedy()
     arrays |= {"greedy/tokens": np.array(greedy.tokens, np.int32), "greedy/logits": greedy.logits}
     kind = np.uint8 if code_bits(engine.manifest.socket.planes) == 8 else np.uint16
@@ -198,6 +203,9 @@ class RecordedReference(Reference):
 
     def logits(self) -> list[Floats]:
         return [self._arrays[f"logits/{number}"] for number in range(len(self._scenario.steps))]
+
+    def rounding(self) -> float:
+        return float(self._arrays["rounding"]) if "rounding" in self._arrays else 0.0
 
     def outputs(self, call: OperatorCall) -> Arrays:
         number = self._number[call.layer, call.step]
