@@ -45,6 +45,10 @@ class LocalServer:
         self.grpc = f"127.0.0.1:{ports[1]}"
         self._metrics = f"http://127.0.0.1:{ports[2]}/metrics"
 
+    @property
+    def running(self) -> bool:
+        return self.process.poll() is None
+
     def status(self, path: str) -> int:
         """HTTP status of a GET; 0 where nobody answers."""
         try:
@@ -94,7 +98,7 @@ class LocalServer:
 
     def stop(self, timeout: float = 60.0) -> int:
         """Ask the server to end and return its exit status.  Kills it, and raises, where it does not."""
-        if self.process.poll() is None:
+        if self.running:
             self.process.send_signal(signal.SIGTERM)
         try:
             return self.process.wait(timeout)
@@ -158,6 +162,8 @@ def _resident(process: int) -> dict[str, int]:
 
 
 def deploy(engine: Path, repository: Path, *options: str) -> None:
-    """Run `socket-trt deploy`."""
+    """Run `socket-trt deploy`, silently where it succeeds."""
     command = [sys.executable, "-m", "socket_trt.cli.main", "deploy", str(engine)]
-    subprocess.run([*command, "--model-repository", str(repository), *options], check=True, cwd=ROOT)
+    subprocess.run(
+        [*command, "--model-repository", str(repository), *options], check=True, cwd=ROOT, stdout=subprocess.DEVNULL
+    )

@@ -97,7 +97,7 @@ def _timeout(request: Any) -> float | None:
     microseconds = request.timeout() or json.loads(request.parameters() or "{}").get(protocol.TIMEOUT)
     if microseconds is None:
         return None
-    if not isinstance(microseconds, int):
+    if not isinstance(microseconds, int) or isinstance(microseconds, bool):
         raise RequestError(f"{protocol.TIMEOUT} is {microseconds!r}: expected microseconds, an integer")
     return microseconds / 1e6
 
