@@ -185,6 +185,7 @@ def grpc_error(server: LocalServer, values: dict[str, Any]) -> str:
 
 
 def test_chat_and_token_ids(server: LocalServer, reference: TextGenerator) -> None:
+    counters = Counters(server, "tiny")
     messages = json.dumps([{"role": "user", "content": "Hi"}])
     prompt = [256, *b"[user] Hi\n[assistant] "]
     [expected] = reference.generate([prompt], SamplingParameters(max_tokens=10))
@@ -197,6 +198,7 @@ def test_chat_and_token_ids(server: LocalServer, reference: TextGenerator) -> No
 
     assert asyncio.run(run(messages=messages)) == expected.text
     assert asyncio.run(run(input_ids=prompt)) == expected.text
+    counters.wait_for_idle(2)  # or the next test would count them
 
 
 def test_a_deadline_ends_one_request(server: LocalServer) -> None:
@@ -260,6 +262,7 @@ def test_a_step_that_raises_fails_its_requests_and_no_others(
 def test_curl_and_python_examples_run(server: LocalServer) -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
+    counters = Counters(server, "tiny")
     done = subprocess.run(
         [str(ROOT / "examples" / "curl.sh"), "tiny", f"http://{server.http}"],
         capture_output=True,
@@ -272,3 +275,4 @@ def test_curl_and_python_examples_run(server: LocalServer) -> None:
     command = [sys.executable, "examples/grpc_stream.py", "--url", server.grpc, "--model", "tiny", "--max-tokens", "5"]
     done = subprocess.run([*command, "--chat", "Hi"], capture_output=True, text=True, check=True, cwd=ROOT)
     assert "tokens" in done.stderr
+    assert counters.wait_for_idle(5)["requests_totalrefused"] == 1
