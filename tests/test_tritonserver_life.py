@@ -136,10 +136,12 @@ def test_a_server_whose_grpc_streams_are_stuck_answers_the_others_and_ends(tmp_p
                 first.cancel()
                 await asyncio.gather(first, return_exceptions=True)
 
+        stubs = server.children()
         asyncio.run(leave_while_a_response_is_written())
         wanted = Wanted("another", {"max_tokens": 20, "seed": 1, "temperature": 0.7}, "http whole")
         assert_equal_alone(open_reference(tiny_engine()), wanted, send_all(server, "tiny", [wanted])[0])
         assert server.process.wait(PATIENCE) == -signal.SIGKILL
+        wait_until(lambda: not any(os.path.exists(f"/proc/{stub}") for stub in stubs))
     log = server.log.read_text(errors="replace")
     assert "the server has not taken a part of an answer for 3 s and has to be started again" in log
     assert "the server is asked to end, and killed in 3 s" in log

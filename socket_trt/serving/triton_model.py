@@ -185,5 +185,6 @@ def _replace_server() -> None:
         time.sleep(STUCK_EXIT_SECONDS)
         if os.getppid() == server:
             os.kill(server, signal.SIGKILL)
+        os._exit(1)  # it could wait for ever for the server to take a line of its log, and keep the GPU's memory
 
     threading.Thread(target=kill, name="kill", daemon=True).start()
