@@ -18,10 +18,12 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ import tritonclient.grpc.aio as grpc
 from rich.progress import Progress
 
 from examples.grpc_stream import generate
-from serving.local import LocalServer, deploy, local_server
+from serving.local import ROOT, LocalServer, deploy, local_server, tail
 from socket_trt import environment
 from socket_trt.cli.console import err, out, table
 from socket_trt.engine.manifest import EngineDirectory, Manifest
@@ -129,24 +131,32 @@ def counters(server: LocalServer) -> dict[str, float]:
 
 def measure(
     arguments: argparse.Namespace, name: str, engine: EngineDirectory, progress: Progress
-) -> list[dict[str, Any]]:
-    """One row a rate."""
-    rows = []
+) -> Iterator[dict[str, Any]]:
+    """One row a rate, as it is measured."""
     with tempfile.TemporaryDirectory() as directory:
         repository = Path(directory) / "models"
         deploy(engine.path, repository, "--name", name, *shlex.split(arguments.deploy_options))
         with local_server(repository, Path(directory) / "log", start_timeout=600) as server:
-            vocabulary = engine.manifest.model.vocabulary_size
-            warm = make_requests(arguments, math.inf, vocabulary)[: engine.manifest.max_batch_size]
-            asyncio.run(run(server, name, warm, progress))
-            for rate in arguments.rate:
-                requests = make_requests(arguments, rate, vocabulary)
-                before = counters(server)
-                answers, seconds = asyncio.run(run(server, name, requests, progress))
-                time.sleep(1)  # for the server to publish its counters
-                counted = {key: value - before[key] for key, value in counters(server).items()}
-                rows.append(summary(name, rate, answers, seconds, counted))
-    return rows
+            try:
+                yield from measure_rates(arguments, name, engine, server, progress)
+            except Exception:
+                err.print(f"the last lines of the server's log:\n{tail(server.log)}", markup=False, highlight=False)
+                raise
+
+
+def measure_rates(
+    arguments: argparse.Namespace, name: str, engine: EngineDirectory, server: LocalServer, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    vocabulary = engine.manifest.model.vocabulary_size
+    warm = make_requests(arguments, math.inf, vocabulary)[: engine.manifest.max_batch_size]
+    asyncio.run(run(server, name, warm, progress))
+    for rate in arguments.rate:
+        requests = make_requests(arguments, rate, vocabulary)
+        before = counters(server)
+        answers, seconds = asyncio.run(run(server, name, requests, progress))
+        time.sleep(1)  # for the server to publish its counters
+        counted = {key: value - before[key] for key, value in counters(server).items()}
+        yield summary(name, rate, answers, seconds, counted)
 
 
 def summary(name: str, rate: float, answers: list[Answer], seconds: float, counted: dict[str, float]) -> dict[str, Any]:
@@ -273,8 +283,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--deploy-options", default="", help="of socket-trt deploy, in one string")
     parser.add_argument("--output", type=Path, help="where to write OUTPUT.json and OUTPUT.md")
     parsed = parser.parse_args(arguments)
+    if parsed.output_tokens[0] < 2:
+        parser.error("--output-tokens: 2 at least, since times per token are between tokens")
     parsed.rate = [float(rate) for rate in parsed.rate.split(",")]
     return parsed
+
+
+def write(result: dict[str, Any], output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    output.with_suffix(".md").write_text(markdown(result))
+
+
+def commit() -> str | None:
+    """Of this working tree; None outside of a repository."""
+    if shutil.which("git") is None:
+        return None
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT)
+    return done.stdout.strip() or None
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -282,9 +308,7 @@ def main(arguments: list[str] | None = None) -> None:
     engines = {name: EngineDirectory.open(Path(path)) for name, _, path in (e.partition("=") for e in parsed.engine)}
     result: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "benchmarks.serving", *(arguments or sys.argv[1:])]),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "commit": commit(),
         "machine": machine(),
         "engines": {name: shape(engine.manifest) for name, engine in engines.items()},
         "requests": parsed.requests,
@@ -294,12 +318,11 @@ def main(arguments: list[str] | None = None) -> None:
     }
     with Progress(console=err) as progress:
         for name, engine in engines.items():
-            result["rows"] += measure(parsed, name, engine, progress)
+            for row in measure(parsed, name, engine, progress):
+                result["rows"].append(row)
+                if parsed.output:  # at once: what comes later may fail, or be stopped
+                    write(result, parsed.output)
     out.print(table("Serving", COLUMNS, table_rows(result["rows"])))
-    if parsed.output:
-        parsed.output.parent.mkdir(parents=True, exist_ok=True)
-        parsed.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        parsed.output.with_suffix(".md").write_text(markdown(result))
 
 
 if __name__ == "__main__":

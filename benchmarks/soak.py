@@ -90,7 +90,7 @@ class Soak:
             began = time.monotonic()
             until = began + seconds
             clients = [asyncio.create_task(self._be_a_client(until)) for _ in range(CLIENTS)]
-            while (now := time.monotonic()) < until:
+            while (now := time.monotonic()) < until and self._server.running:
                 self.memory.append((now - began, self._server.memory()))
                 progress.update(task, completed=now - began, description=f"{self.sent} requests")
                 await asyncio.sleep(SAMPLE_SECONDS)
@@ -105,12 +105,14 @@ class Soak:
             (5, self._bad_over_http),
             (5, self._gone_over_http),
         ]
-        while time.monotonic() < until:
+        while time.monotonic() < until and self._server.running:
             [kind] = self._rng.choices([kind for _, kind in kinds], [weight for weight, _ in kinds])
             try:
                 await asyncio.wait_for(kind(), 120)
                 self.tally.done[kind.__name__.strip("_").replace("_", " ")] += 1
             except Exception as error:
+                if not self._server.running:
+                    break  # which is said once, at the end
                 self.tally.blame(f"{kind.__name__}: {error!r}")
             await asyncio.sleep(self._rng.expovariate(20))
 
@@ -225,7 +227,7 @@ def growth(memory: list[tuple[float, dict[str, int]]], process: str) -> tuple[fl
     rest = values[int(len(values) * SETTLING) :]
     third = max(len(rest) // 3, 1)
     before, after = (sorted(part)[len(part) // 2] for part in (rest[:third], rest[-third:]))
-    return before, after, after / before - 1
+    return before, after, after / before - 1 if before else 0.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -249,11 +251,12 @@ def main(arguments: list[str] | None = None) -> int:
         ):
             soak = Soak(server, engine, parsed.num_pages, parsed.seed)
             asyncio.run(soak.run(parsed.minutes * 60, progress))
-            counted = soak.check_counters()
+            ended_early = not server.running
+            counted = {} if ended_early else soak.check_counters()
             log = server.log.read_text(errors="replace").splitlines()
         exit_status = server.process.returncode
     # 1: its exit timeout was over, which a stream that was cancelled as it ended can cause in server 2.51.
-    if exit_status not in (0, 1):
+    if ended_early or exit_status not in (0, 1):
         soak.tally.blame(f"the server ended with {exit_status}")
     memory = {process: growth(soak.memory, process) for process in PROCESSES}
     for process, (before, after, _) in memory.items():

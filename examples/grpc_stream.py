@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import tritonclient.grpc.aio as grpc
+from grpc.aio import AioRpcError
 
 # Triton's type and NumPy's, of every tensor that a request may have; all of them are optional, the prompt excepted.
 TENSORS: dict[str, tuple[str, type]] = {
@@ -57,7 +58,8 @@ async def generate(
     timeout  seconds after which the server gives up
     values   tensors by name; lists for stop_words, stop_token_ids and input_ids
 
-    Raises InferenceServerException with the server's message where it refuses the request or fails.
+    Raises InferenceServerException with the server's message where it refuses the request or fails, or with gRPC's
+    where the server cannot be reached.
     """
 
     async def requests() -> AsyncIterator[dict[str, Any]]:
@@ -76,6 +78,9 @@ async def generate(
             else:
                 yield {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
         ended = True
+    except AioRpcError as error:
+        ended = True
+        raise grpc.InferenceServerException(error.details(), str(error.code())) from None
     finally:
         if not ended:  # a stream that has ended is not cancelled: server 2.51 would then wait for it when it stops
             responses.cancel()

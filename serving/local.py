@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import re
 import signal
 import socket
@@ -43,6 +44,10 @@ class LocalServer:
         self.http = f"127.0.0.1:{ports[0]}"
         self.grpc = f"127.0.0.1:{ports[1]}"
         self._metrics = f"http://127.0.0.1:{ports[2]}/metrics"
+
+    @property
+    def running(self) -> bool:
+        return self.process.poll() is None
 
     def status(self, path: str) -> int:
         """HTTP status of a GET; 0 where nobody answers."""
@@ -93,7 +98,7 @@ class LocalServer:
 
     def stop(self, timeout: float = 60.0) -> int:
         """Ask the server to end and return its exit status.  Kills it, and raises, where it does not."""
-        if self.process.poll() is None:
+        if self.running:
             self.process.send_signal(signal.SIGTERM)
         try:
             return self.process.wait(timeout)
@@ -103,23 +108,36 @@ class LocalServer:
 
 
 @contextlib.contextmanager
-def local_server(repository: Path, log: Path, *options: str, start_timeout: float = 120.0) -> Iterator[LocalServer]:
-    """A server of `repository`, ready, stopped at the end.  Raises ServerError where it ends before it is ready."""
+def local_server(
+    repository: Path,
+    log: Path,
+    *options: str,
+    start_timeout: float = 120.0,
+    environment: Mapping[str, str] | None = None,
+    cwd: Path = ROOT,
+) -> Iterator[LocalServer]:
+    """A server of `repository`, ready, stopped at the end; `environment`: variables that it gets besides this process's.
+
+    Raises ServerError where it ends before it is ready, or takes longer than `start_timeout` seconds.
+    """
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
         for probe in sockets:
             probe.bind(("127.0.0.1", 0))
         http, grpc, metrics = (probe.getsockname()[1] for probe in sockets)
     ports = [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
-    command = [str(LAUNCHER), f"--model-repository={repository}", *ports, *options]
+    command = [str(LAUNCHER), f"--model-repository={repository.resolve()}", *ports, *options]
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        variables = os.environ | (environment or {})
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables, cwd=cwd)
     server = LocalServer(process, log, (http, grpc, metrics))
     try:
         until = time.monotonic() + start_timeout
         while server.status("/v2/health/live") != 200 or not server.measures():  # which it does last of all
-            if process.poll() is not None or time.monotonic() > until:
-                raise ServerError(f"no server within {start_timeout:g} s:\n{tail(log)}")
+            if process.poll() is not None:
+                raise ServerError(f"the server ended with {process.returncode}:\n{tail(log)}")
+            if time.monotonic() > until:
+                raise ServerError(f"the server was not ready within {start_timeout:g} s:\n{tail(log)}")
             time.sleep(0.1)
         yield server
     finally:
@@ -144,6 +162,8 @@ def _resident(process: int) -> dict[str, int]:
 
 
 def deploy(engine: Path, repository: Path, *options: str) -> None:
-    """Run `socket-trt deploy`."""
+    """Run `socket-trt deploy`, silently where it succeeds."""
     command = [sys.executable, "-m", "socket_trt.cli.main", "deploy", str(engine)]
-    subprocess.run([*command, "--model-repository", str(repository), *options], check=True, cwd=ROOT)
+    subprocess.run(
+        [*command, "--model-repository", str(repository), *options], check=True, cwd=ROOT, stdout=subprocess.DEVNULL
+    )

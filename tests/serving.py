@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from socket_trt.engine.manifest import EngineDirectory
 from socket_trt.models.tiny import END_ID, byte_tokenizer
 from socket_trt.runtime.sampling import SamplingParameters
 from socket_trt.runtime.session import FloatArray, SessionLimits, StepBatch
+from socket_trt.serving import metrics
 from socket_trt.serving.loop import LoopOptions, ServingLoop
 from socket_trt.serving.metrics import Metrics, MetricSpec
 from socket_trt.serving.reply import ErrorCode, Piece
@@ -25,7 +27,14 @@ MANIFEST = EngineDirectory.open(tiny_engine()).manifest
 TOKENIZER = byte_tokenizer()
 LIMITS = SessionLimits(vocabulary_size=260, page_size=4, num_pages=33, max_batch_size=4, max_seq_len=64)
 WARM_UP_STEPS = 3
-PATIENCE = 30.0
+PATIENCE = 60.0
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < until, "it never came true"
+        time.sleep(0.005)
 
 
 class GatedSession(FakeSession):
@@ -140,6 +149,7 @@ class Harness:
         self,
         session: GatedSession,
         on_broken: Callable[[], None] = lambda: None,
+        on_stuck: Callable[[], None] = lambda: None,
         tokenizer: Tokenizer | None = TOKENIZER,
         **options: Any,
     ) -> None:
@@ -153,6 +163,7 @@ class Harness:
             self.metrics,
             LoopOptions(**{"max_step_tokens": 16, **options}),
             on_broken,
+            on_stuck,
         )
 
     def submit(self, wanted: TextRequest | Exception) -> Client:
@@ -191,3 +202,17 @@ def alone(wanted: TextRequest, limits: SessionLimits = LIMITS) -> list[int]:
         max_seq_len=limits.max_seq_len,
         stop_token_ids=[END_ID],
     )
+
+
+def assert_everything_is_counted(harness: Harness) -> None:
+    """After the loop is closed: requests and tokens add up, and nothing holds a page."""
+    recorder = harness.recorder
+    ended = sum(recorder[metrics.ENDED, outcome].total for outcome in metrics.OUTCOMES)
+    assert recorder[metrics.RECEIVED].total == ended
+    for gauge in (metrics.RUNNING, metrics.WAITING, metrics.PAGES_IN_USE):
+        assert recorder[gauge].level == 0
+    finished = recorder[metrics.ENDED, "finished"].total
+    assert len(recorder[metrics.REQUEST_SECONDS].observations) == finished
+    assert len(recorder[metrics.FIRST_TOKEN_SECONDS].observations) >= finished
+    steps = recorder[metrics.STEPS].total - recorder[metrics.FAILED_STEPS].total
+    assert len(recorder[metrics.STEP_SECONDS].observations) == steps

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from socket_trt.errors import RequestError
-from socket_trt.runtime.sampling import SamplingParameters, sample
+from socket_trt.runtime.sampling import SamplingParameters, sample, weigh
 
 HYPOTHESIS = settings(max_examples=150, derandomize=True, deadline=None)
 
@@ -77,6 +77,65 @@ def test_a_token_is_always_one_that_the_definition_admits(
     assert expected_distribution(logits, 1.0, top_k, min(1.0, top_p * (1 + 1e-9)))[token] > 0
 
 
+def kept_by_sorting(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> list[int]:
+    """Token ids that a full sort of float32 probabilities admits."""
+    order = np.lexsort((np.arange(len(logits)), -logits))[: top_k or len(logits)]
+    weights = np.exp((logits[order] - logits.max()) * np.float32(1 / temperature)).astype(np.float64)
+    order, weights = order[by := np.lexsort((order, -weights))], weights[by]
+    reached = np.searchsorted(np.cumsum(weights), top_p * weights.sum()) + 1 if top_p < 1 else len(order)
+    return sorted(order[:reached][weights[:reached] > 0].tolist())
+
+
+@HYPOTHESIS
+@given(
+    seed=st.integers(0, 10**6),
+    size=st.sampled_from([1, 2, 7, 511, 512, 513, 5000, 20000]),
+    levels=st.sampled_from([None, 1, 2, 3, 50]),
+    temperature=st.sampled_from([0.01, 0.3, 1.0, 50.0]),
+    top_k=st.sampled_from([0, 1, 2, 50, 511, 512, 4999, 10**6]),
+    top_p=st.sampled_from([1.0, 1 - 1e-9, 0.999, 0.9, 0.5, 0.1, 1e-9]),
+    excluded=st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_the_admitted_tokens_are_those_of_a_full_sort(
+    seed: int, size: int, levels: int | None, temperature: float, top_k: int, top_p: float, excluded: float
+) -> None:
+    logits = random_logits(size, seed, levels)
+    logits[np.random.default_rng(seed).random(size) < excluded] = -np.inf
+    logits[seed % size] = 1.0  # one is left
+    parameters = SamplingParameters(temperature=temperature, top_k=top_k, top_p=top_p)
+    tokens, weights = weigh(logits, parameters)
+    admitted = (np.arange(size) if tokens is None else tokens)[weights > 0].tolist()
+    assert admitted == kept_by_sorting(logits, temperature, top_k, top_p)
+
+
+def test_most_of_a_large_flat_vocabulary_is_a_nucleus() -> None:
+    """Larger than what is sorted at once, with ties and without."""
+    for levels in (None, 2, 40):
+        logits = random_logits(100_000, 3, levels)
+        parameters = SamplingParameters(temperature=20.0, top_p=0.97)
+        _, weights = weigh(logits, parameters)
+        expected = kept_by_sorting(logits, 20.0, 0, 0.97)
+        assert np.flatnonzero(weights).tolist() == expected
+        assert len(expected) > 90_000
+
+
+@pytest.mark.parametrize("size", [1, 3, 511, 512, 513, 1025])
+def test_a_draw_is_the_first_whose_running_sum_passes_it(size: int) -> None:
+    logits = random_logits(size, seed=9)
+    logits[size // 2 :: 3] = -np.inf
+    logits[0] = 0.0
+    weights = np.exp(logits.astype(np.float64) - logits.max())
+    running = np.cumsum(weights)
+    parameters = SamplingParameters(temperature=1.0)
+    for index in range(200):
+        uniform = np.random.Generator(np.random.Philox(key=np.array([4, index], np.uint64))).random()
+        expected = int(np.searchsorted(running, uniform * running[-1], side="right"))
+        found = sample(logits, parameters, 4, index)
+        # Rounding to float32 may move a draw across a boundary that it lies on.
+        assert found == expected or abs(running[min(found, expected)] - uniform * running[-1]) < 1e-5 * running[-1]
+        assert weights[found] > 0
+
+
 def test_a_nucleus_larger_than_the_first_look_is_found() -> None:
     logits = np.zeros(4096, np.float32)  # uniform: the nucleus of 0.75 is the first 3072 tokens
     tokens = [sample(logits, SamplingParameters(temperature=1.0, top_p=0.75), 3, index) for index in range(400)]
@@ -127,7 +186,7 @@ def test_logits_that_are_not_finite_are_an_error(bad: float, temperature: float)
 
 
 @pytest.mark.parametrize(
-    ("top_k", "top_p", "sorted_at_most"), [(50, 1.0, 50), (50, 0.9, 256), (0, 0.9, 2048), (0, 1.0, 0)]
+    ("top_k", "top_p", "sorted_at_most"), [(50, 1.0, 50), (50, 0.9, 256), (0, 0.9, 4096), (0, 1.0, 0)]
 )
 def test_a_large_vocabulary_is_not_sorted(
     monkeypatch: pytest.MonkeyPatch, top_k: int, top_p: float, sorted_at_most: int

@@ -1,4 +1,4 @@
-"""The serving loop and its delivery, on a session whose answers say what they were computed from."""
+"""The serving loop, on a session whose answers say what they were computed from."""
 
 from __future__ import annotations
 
@@ -21,29 +21,21 @@ from socket_trt.serving.delivery import Delivery
 from socket_trt.serving.loop import LoopOptions, ServingLoop
 from socket_trt.serving.metrics import Metrics
 from socket_trt.serving.reply import ErrorCode, Piece
-from tests.serving import LIMITS, PATIENCE, TOKENIZER, Client, GatedSession, Harness, Recorder, alone, request, serving
+from tests.serving import (
+    LIMITS,
+    PATIENCE,
+    TOKENIZER,
+    Client,
+    GatedSession,
+    Harness,
+    Recorder,
+    alone,
+    assert_everything_is_counted,
+    request,
+    serving,
+    wait_until,
+)
 from tests.tensorrt_fixtures import FakeMachine
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < until, "it never came true"
-        time.sleep(0.002)
-
-
-def assert_everything_is_counted(harness: Harness) -> None:
-    """After the loop is closed: requests and tokens add up, and nothing holds a page."""
-    recorder = harness.recorder
-    ended = sum(recorder[metrics.ENDED, outcome].total for outcome in metrics.OUTCOMES)
-    assert recorder[metrics.RECEIVED].total == ended
-    for gauge in (metrics.RUNNING, metrics.WAITING, metrics.PAGES_IN_USE):
-        assert recorder[gauge].level == 0
-    finished = recorder[metrics.ENDED, "finished"].total
-    assert len(recorder[metrics.REQUEST_SECONDS].observations) == finished
-    assert len(recorder[metrics.FIRST_TOKEN_SECONDS].observations) >= finished
-    steps = recorder[metrics.STEPS].total - recorder[metrics.FAILED_STEPS].total
-    assert len(recorder[metrics.STEP_SECONDS].observations) == steps
 
 
 def test_every_request_of_a_crowd_gets_what_it_gets_alone() -> None:
@@ -384,6 +376,25 @@ def test_closing_answers_everybody() -> None:
     assert_everything_is_counted(harness)
 
 
+def test_a_request_after_the_end_is_answered() -> None:
+    with serving() as harness:
+        pass
+    assert harness.submit(request()).error == (ErrorCode.unavailable, "the server is shutting down")
+
+
+def test_a_loop_that_ends_by_a_mistake_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = threading.Event()
+
+    def mistaken(self: ServingLoop, reason: str) -> None:
+        raise KeyError(reason)
+
+    monkeypatch.setattr(ServingLoop, "_break", mistaken)
+    with serving(GatedSession(fail_at=range(1000)), on_broken=broken.set) as harness:
+        for _ in range(3):
+            harness.submit(request()).wait()
+        assert broken.wait(PATIENCE)
+
+
 class FailingToOpen(GatedSession):
     def step(self, batch: StepBatch) -> FloatArray:
         raise RuntimeError("no kernel image is available")
@@ -439,62 +450,6 @@ def test_metrics_of_steps_and_tokens() -> None:
     assert 0 < recorder[metrics.KEPT_FRACTION].level <= 1
     harness.metrics.close()
     assert recorder.closed
-
-
-def test_parts_that_come_faster_than_they_are_sent_are_joined() -> None:
-    sending, go = threading.Event(), threading.Event()
-
-    class Slow(Client):
-        def send(self, piece: Piece) -> None:
-            sending.set()
-            assert go.wait(PATIENCE)
-            super().send(piece)
-
-    delivery = Delivery(lambda: None)
-    client = Slow()
-    delivery.open(client, lambda: None)
-    delivery.put(client, Piece("a", [1]))
-    assert sending.wait(PATIENCE)
-    for i in range(100):
-        delivery.put(client, Piece("b", [i]))
-    delivery.put(client, Piece("c", final=True, finish_reason="length"))
-    go.set()
-    delivery.close()
-    assert client.pieces == [
-        Piece("a", [1]),
-        Piece("b" * 100 + "c", list(range(100)), finish_reason="length", final=True),
-    ]
-
-
-def test_an_error_follows_what_was_generated_before() -> None:
-    delivery = Delivery(lambda: None)
-    client = Client()
-    delivery.open(client, lambda: None)
-    delivery.put(client, Piece("half an ans"))
-    delivery.fail(client, ErrorCode.internal, "failed")
-    delivery.close()
-    assert client.text == "half an ans"
-    assert client.error == (ErrorCode.internal, "failed")
-
-
-def test_delivery_survives_what_is_not_its_own_fault() -> None:
-    class Odd(Client):
-        def cancelled(self) -> bool:
-            raise OSError("no such process")
-
-    def publish() -> None:
-        raise OSError("no such endpoint")
-
-    lost = threading.Event()
-    delivery = Delivery(publish, publish_interval=0.0)
-    odd, client = Odd(), Client()
-    delivery.open(odd, lost.set)
-    delivery.open(client, lambda: None)
-    assert lost.wait(PATIENCE)
-    delivery.put(client, Piece("text", final=True))
-    delivery.fail(odd, ErrorCode.cancelled, "cancelled")
-    delivery.close()
-    assert client.text == "text"
 
 
 def test_the_loop_serves_whatever_session_the_engine_opens(machine: FakeMachine) -> None:

@@ -165,3 +165,9 @@ def test_an_engine_without_a_tokenizer_takes_token_ids() -> None:
             reader.read(tensors(**given))
     with pytest.raises(RequestError, match="give stop_token_ids instead of stop_words"):
         reader.read(tensors(input_ids=[5], stop_words=["a"]))
+
+
+@pytest.mark.parametrize("values", [{"input_ids": [5] * 64}, {"text_input": "x" * 63}])
+def test_a_prompt_over_the_limit_is_refused_before_it_reaches_the_loop(values: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="the prompt has 64 tokens; this engine's limit is 64"):
+        READER.read(tensors(**values))

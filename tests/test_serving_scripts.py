@@ -8,13 +8,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import serving, soak
-from serving.local import ROOT
 from tests.engines import tiny_engine
+from tests.tritonserver import needs_tritonserver
 
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "build" / "serving" / "bin" / "python").exists(),
-    reason="build/serving, the environment of tritonserver, is not there: run make serving",
-)
+pytestmark = needs_tritonserver
 
 
 def test_the_load_generator(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,96 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import http.client
 import json
-import os
 import random
 import shutil
 import socket
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tritonclient.grpc.aio as grpc
 
 from examples.grpc_stream import generate
-from serving.local import ROOT, LocalServer, ServerError, deploy, local_server
-from socket_trt.engine.manifest import EngineDirectory
-from socket_trt.runtime.generator import GenerationResult, TextGenerator
-from socket_trt.runtime.onnxruntime_session import OnnxRuntimeSession
-from socket_trt.runtime.open import load_tokenizer
+from serving.local import ROOT, LocalServer, deploy, local_server
+from socket_trt.runtime.generator import TextGenerator
 from socket_trt.runtime.sampling import SamplingParameters
 from tests.engines import tiny_engine
-
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "build" / "serving" / "bin" / "python").exists(),
-    reason="build/serving, the environment of tritonserver, is not there: run make serving",
+from tests.serving import PATIENCE
+from tests.tritonserver import (
+    Counters,
+    Wanted,
+    assert_equal_alone,
+    make_faulty,
+    needs_tritonserver,
+    open_reference,
+    send,
+    send_all,
 )
 
-PATIENCE = 60.0
-
-# An engine whose session raises in the steps that a test asks for: `fail` in the entry's directory says how many.
-FAULTY_MODEL = """
-import pathlib
-
-from socket_trt.runtime.open import open_session
-from socket_trt.runtime.session import Session
-from socket_trt.serving import triton_model
-
-FAIL = pathlib.Path(__file__).parent / "fail"
-
-
-class Faulty(Session):
-    def __init__(self, *args, **options):
-        self._session = open_session(*args, **options)
-
-    @property
-    def limits(self):
-        return self._session.limits
-
-    def step(self, batch):
-        logits = self._session.step(batch)
-        left = int(FAIL.read_text() or 0)
-        if left:
-            FAIL.write_text(str(left - 1))
-            raise RuntimeError("the device fell off the bus")
-        return logits
-
-
-class TritonPythonModel(triton_model.TritonPythonModel):
-    open_session = Faulty
-"""
-
-
-@dataclasses.dataclass(frozen=True)
-class Wanted:
-    """A request and how it is sent."""
-
-    prompt: str
-    parameters: dict[str, Any]
-    transport: str = "grpc"
-    cancel_after: int | None = None  # parts
-
-
-@dataclasses.dataclass(frozen=True)
-class Got:
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None  # None where the client cancelled
-    error: str | None = None
-
-
-def make_faulty(entry: Path, failures: int) -> None:
-    (entry / "1" / "model.py").write_text(FAULTY_MODEL)
-    (entry / "1" / "fail").write_text(str(failures))
+pytestmark = needs_tritonserver
 
 
 @pytest.fixture(scope="module")
@@ -120,20 +63,6 @@ def reference() -> TextGenerator:
     return open_reference(tiny_engine())
 
 
-def open_reference(directory: Path) -> TextGenerator:
-    """Answers one request at a time, in this process."""
-    engine = EngineDirectory.open(directory)
-    return TextGenerator(OnnxRuntimeSession(engine), load_tokenizer(engine), engine.manifest.model.stop_token_ids)
-
-
-def alone(reference: TextGenerator, wanted: Wanted) -> GenerationResult:
-    values = {("stop" if name == "stop_words" else name): value for name, value in wanted.parameters.items()}
-    if "temperature" in values:
-        values["temperature"] = float(np.float32(values["temperature"]))  # as it travels
-    [result] = reference.generate([wanted.prompt], SamplingParameters(**values))
-    return result
-
-
 def ragged(number: int) -> list[Wanted]:
     """Requests of every kind and length; every tenth is cancelled by its client."""
     rng = random.Random(number)
@@ -148,131 +77,6 @@ def ragged(number: int) -> list[Wanted]:
         transport = rng.choice(["grpc", "http"] if cancelled else ["grpc", "grpc", "http", "http whole"])
         requests.append(Wanted(prompt, parameters, transport, rng.randint(1, 4) if cancelled else None))
     return requests
-
-
-async def over_grpc(client: grpc.InferenceServerClient, model: str, wanted: Wanted) -> Got:
-    text, tokens, reason, parts = "", list[int](), None, 0
-    flags = {"stream": True, "return_token_ids": True, "return_finish_reason": True}
-    responses = generate(client, model, text_input=wanted.prompt, **wanted.parameters, **flags)
-    try:
-        async for part in responses:
-            text += part["text_output"][0].decode()
-            tokens += part.get("output_ids", np.array([], int)).tolist()
-            if "finish_reason" in part:
-                reason = part["finish_reason"][0].decode()
-            parts += 1
-            if parts == wanted.cancel_after:
-                break
-    except grpc.InferenceServerException as error:
-        return Got(text, tokens, None, error.message())
-    finally:
-        await responses.aclose()
-    return Got(text, tokens, reason)
-
-
-def over_http(address: str, model: str, wanted: Wanted) -> Got:
-    connection = http.client.HTTPConnection(address, timeout=PATIENCE)
-    stream = wanted.transport == "http"
-    body = {"text_input": wanted.prompt, "stream": stream, "return_token_ids": True, "return_finish_reason": True}
-    body |= wanted.parameters
-    connection.request(
-        "POST", f"/v2/models/{model}/{'generate_stream' if stream else 'generate'}", json.dumps(body).encode()
-    )
-    text, tokens, reason, parts = "", list[int](), None, 0
-    response = connection.getresponse()
-    try:
-        while line := response.readline():
-            part = json.loads(line.removeprefix(b"data: ")) if line.strip() else {}
-            if "error" in part:
-                return Got(text, tokens, None, part["error"])
-            text += part.get("text_output", "")
-            ids = part.get("output_ids", [])
-            tokens += ids if isinstance(ids, list) else [ids]
-            reason = part.get("finish_reason", reason)
-            parts += bool(part)
-            if parts == wanted.cancel_after:
-                break
-    finally:
-        response.close()
-        connection.close()
-    return Got(text, tokens, reason)
-
-
-def send_all(server: LocalServer, model: str, requests: list[Wanted]) -> list[Got]:
-    """All at once, each on a connection of its own kind; answers in their order."""
-
-    async def run() -> list[Got]:
-        loop = asyncio.get_running_loop()
-        with ThreadPoolExecutor(len(requests)) as pool:
-            async with grpc.InferenceServerClient(server.grpc) as client:
-                return await asyncio.gather(
-                    *[
-                        over_grpc(client, model, wanted)
-                        if wanted.transport == "grpc"
-                        else loop.run_in_executor(pool, over_http, server.http, model, wanted)
-                        for wanted in requests
-                    ]
-                )
-
-    return asyncio.run(run())
-
-
-def send(server: LocalServer, model: str, prompt: str = "Hello", transport: str = "grpc", **parameters: Any) -> Got:
-    return send_all(server, model, [Wanted(prompt, parameters, transport)])[0]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < until, "it never came true"
-        time.sleep(0.05)
-
-
-class Counters:
-    """The model's metrics, from now on."""
-
-    def __init__(self, server: LocalServer, model: str) -> None:
-        self._server, self._model = server, model
-        self._before = self._read()
-
-    def _read(self) -> dict[str, float]:
-        found: dict[str, float] = {}
-        for sample in self._server.samples():
-            if sample.labels.get("model") == self._model and sample.name.startswith("socket_trt_"):
-                name = sample.name.removeprefix("socket_trt_") + sample.labels.get("outcome", "")
-                found[name] = found.get(name, 0) + sample.value
-        return found
-
-    def wait_for_idle(self, received: int) -> dict[str, float]:
-        """What has been counted once `received` requests have come and ended; gauges as they stand."""
-
-        def since() -> dict[str, float]:
-            return {name: value - self._before.get(name, 0) for name, value in self._read().items()}
-
-        def ended() -> bool:
-            counted = since()
-            outcomes = [value for name, value in counted.items() if name.startswith("requests_total")]
-            return counted["requests_received_total"] == received == sum(outcomes)
-
-        def idle() -> bool:
-            now = self._read()
-            return now["pages_in_use"] == now["running_requests"] == now["waiting_requests"] == 0
-
-        wait_until(ended)
-        wait_until(idle)  # gauges follow within a moment
-        return since()
-
-
-def assert_equal_alone(reference: TextGenerator, wanted: Wanted, got: Got) -> None:
-    expected = alone(reference, wanted)
-    assert got.error is None
-    if got.finish_reason is None:
-        assert wanted.cancel_after is not None
-        assert expected.text.startswith(got.text)
-        assert list(expected.token_ids[: len(got.token_ids)]) == got.token_ids
-    else:
-        assert (got.text, got.token_ids) == (expected.text, list(expected.token_ids))
-        assert got.finish_reason == expected.finish_reason.value
 
 
 def test_two_hundred_clients_at_once_each_get_what_they_get_alone(
@@ -381,6 +185,7 @@ def grpc_error(server: LocalServer, values: dict[str, Any]) -> str:
 
 
 def test_chat_and_token_ids(server: LocalServer, reference: TextGenerator) -> None:
+    counters = Counters(server, "tiny")
     messages = json.dumps([{"role": "user", "content": "Hi"}])
     prompt = [256, *b"[user] Hi\n[assistant] "]
     [expected] = reference.generate([prompt], SamplingParameters(max_tokens=10))
@@ -393,6 +198,7 @@ def test_chat_and_token_ids(server: LocalServer, reference: TextGenerator) -> No
 
     assert asyncio.run(run(messages=messages)) == expected.text
     assert asyncio.run(run(input_ids=prompt)) == expected.text
+    counters.wait_for_idle(2)  # or the next test would count them
 
 
 def test_a_deadline_ends_one_request(server: LocalServer) -> None:
@@ -453,101 +259,10 @@ def test_a_step_that_raises_fails_its_requests_and_no_others(
     assert (counted["requests_totalfailed"], counted["failed_steps_total"]) == (1, 1)
 
 
-def test_an_engine_that_keeps_failing_ends_the_server(tmp_path: Path) -> None:
-    deploy(tiny_engine(), tmp_path / "models", "--name", "faulty")
-    make_faulty(tmp_path / "models" / "faulty", 0)
-    with local_server(tmp_path / "models", tmp_path / "log") as server:
-        (tmp_path / "models" / "faulty" / "1" / "fail").write_text("1000")
-        errors = {send(server, "faulty", max_tokens=3).error for _ in range(3)}
-        assert errors == {"a step of the engine failed: the device fell off the bus"}
-        assert server.process.wait(PATIENCE) == 0
-    assert "the engine failed 3 times in a row: no more requests are served" in server.log.read_text(errors="replace")
-
-
-def test_ready_only_when_a_step_has_run(tmp_path: Path) -> None:
-    """The engine opens, and its first step fails: never ready, whatever else the server serves."""
-    deploy(tiny_engine(), tmp_path / "models", "--name", "fine")
-    deploy(tiny_engine(), tmp_path / "models", "--name", "faulty")
-    make_faulty(tmp_path / "models" / "faulty", 1)
-    with local_server(tmp_path / "models", tmp_path / "log", "--exit-on-error=false") as server:
-        assert server.status("/v2/models/fine/ready") == 200
-        assert server.status("/v2/models/faulty/ready") == 400
-        assert server.status("/v2/health/ready") == 400
-        assert send(server, "fine").error is None
-    make_faulty(tmp_path / "models" / "faulty", 1)
-    with (
-        pytest.raises(ServerError, match="the device fell off the bus"),
-        local_server(tmp_path / "models", tmp_path / "log"),
-    ):
-        raise AssertionError("started")
-
-
-def test_stopping_finishes_what_runs(tmp_path: Path) -> None:
-    engine = tiny_engine(max_seq_len=8192)
-    deploy(engine, tmp_path / "models", "--name", "tiny")
-    requests = [
-        Wanted(f"{i}", {"max_tokens": 600, "seed": i, "ignore_eos": True}, transport)
-        for i, transport in enumerate(["grpc", "http", "http whole"])
-    ]
-    with local_server(tmp_path / "models", tmp_path / "log") as server, ThreadPoolExecutor(1) as pool:
-        running = pool.submit(send_all, server, "tiny", requests)
-        wait_until(lambda: server.metric("socket_trt_running_requests") == 3)
-        assert server.stop() == 0
-        for wanted, got in zip(requests, running.result(), strict=True):
-            assert_equal_alone(open_reference(engine), wanted, got)
-
-
-def test_stopping_does_not_wait_for_ever(tmp_path: Path) -> None:
-    engine = tiny_engine(max_seq_len=8192)
-    deploy(engine, tmp_path / "models", "--name", "tiny")
-    requests = [
-        Wanted("a", {"max_tokens": 8000, "ignore_eos": True}, transport) for transport in ("grpc", "http", "http whole")
-    ]
-    with local_server(tmp_path / "models", tmp_path / "log", "--exit-timeout-secs=2") as server:
-        threads = [
-            threading.Thread(target=lambda w=wanted: _ignore(lambda: send_all(server, "tiny", [w])))
-            for wanted in requests
-        ]
-        for thread in threads:
-            thread.start()
-        wait_until(lambda: server.metric("socket_trt_running_requests") == 3)
-        stubs = server.children()
-        began = time.monotonic()
-        server.stop(30)
-        assert time.monotonic() - began < 15
-        for thread in threads:
-            thread.join(PATIENCE)
-            assert not thread.is_alive()
-        wait_until(lambda: not any(os.path.exists(f"/proc/{stub}") for stub in stubs))
-
-
-def _ignore(call: Callable[[], Any]) -> None:
-    """Whether a client of a server that ends is told so, or finds its connection closed, is Triton's affair."""
-    try:
-        call()
-    except Exception as error:
-        print("the client saw", repr(error), file=sys.stderr)
-
-
-def test_an_entry_can_be_unloaded_and_loaded_again(tmp_path: Path) -> None:
-    deploy(tiny_engine(), tmp_path / "models", "--name", "tiny")
-    options = ("--model-control-mode=explicit", "--load-model=tiny")
-    with local_server(tmp_path / "models", tmp_path / "log", *options) as server:
-        first = send(server, "tiny")
-        for action in ("unload", "load", "unload", "load"):
-            connection = http.client.HTTPConnection(server.http, timeout=PATIENCE)
-            connection.request("POST", f"/v2/repository/models/tiny/{action}", b"{}")
-            assert connection.getresponse().status == 200
-            connection.close()
-            wanted_status = 200 if action == "load" else 400
-            wait_until(lambda status=wanted_status: server.status("/v2/models/tiny/ready") == status)
-        assert send(server, "tiny") == first
-        assert server.metric("socket_trt_requests_received_total", model="tiny") == 1
-
-
 def test_curl_and_python_examples_run(server: LocalServer) -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
+    counters = Counters(server, "tiny")
     done = subprocess.run(
         [str(ROOT / "examples" / "curl.sh"), "tiny", f"http://{server.http}"],
         capture_output=True,
@@ -560,3 +275,4 @@ def test_curl_and_python_examples_run(server: LocalServer) -> None:
     command = [sys.executable, "examples/grpc_stream.py", "--url", server.grpc, "--model", "tiny", "--max-tokens", "5"]
     done = subprocess.run([*command, "--chat", "Hi"], capture_output=True, text=True, check=True, cwd=ROOT)
     assert "tokens" in done.stderr
+    assert counters.wait_for_idle(5)["requests_totalrefused"] == 1

@@ -3,7 +3,8 @@
     python benchmarks/gpu_machine/make.py OUTPUT [NAME ...]
 
 `tiny` and a small random model of every family, with PyTorch's answers recorded, and graphs of Llama-3-8B's shapes, with
-32 layers and with one: what `run.sh` beside this file takes, 40 MB in all.  Needs what `socket-trt validate` needs.
+32 layers and with one: what `run.sh` and `serving.sh` beside this file take, 50 MB in all.  Needs what `socket-trt validate`
+needs.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tests.families import CONFIGS, GPU_CHANGES, save_checkpoint
 SMALL = ["--page-size", "32", "--sink", "32", "--window", "32", "--budget", "0.05", "--min-length", "0"]
 SMALL += ["--max-seq-len", "1024", "--max-batch-size", "4"]
 
+SERVING = ["--max-seq-len", "65536", "--max-batch-size", "16"]
 # Longer contexts than the model was made for: its shapes are wanted, not its answers.
 LARGE: dict[str, tuple[int, list[str]]] = {
     "llama3-8b": (32, ["--max-seq-len", "524288", "--max-batch-size", "4"]),
@@ -33,6 +35,8 @@ LARGE: dict[str, tuple[int, list[str]]] = {
         1,
         ["--planes", "10", "--temperature", "0.4", "--max-seq-len", "147456", "--max-batch-size", "1"],
     ),
+    "llama3-8b-serving": (32, SERVING),
+    "llama3-8b-serving-dense": (32, [*SERVING, "--attention", "dense"]),
 }
 
 

@@ -14,12 +14,12 @@ from socket_trt.runtime.session import FloatArray
 
 MAX_SEED = 2**64 - 1
 
-# Nuclei are small: how many of the largest weights are looked at first, and how fast that number grows.
-_FIRST_NUCLEUS = 256
-_NUCLEUS_GROWTH = 8
+# Sums over a vocabulary are taken by blocks, so that only one block needs its running sums.
+_BLOCK = 512
+# So many values are sorted at once; more are halved first.
+_SORTED_AT_ONCE = 4096
 
 _Indices = npt.NDArray[np.intp]
-_Weights = npt.NDArray[np.float64]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,15 +84,29 @@ def sample(logits: FloatArray, parameters: SamplingParameters, seed: int, index:
         raise FloatingPointError(f"the model's logits are not finite: token {best} has {logits[best]}")
     if parameters.temperature == 0:
         return best
-    candidates = _largest(logits, parameters.top_k or len(logits))
+    tokens, weights = weigh(logits, parameters)
+    position = _choose(weights, _uniform(seed, index))
+    return position if tokens is None else int(tokens[position])
+
+
+def weigh(logits: FloatArray, parameters: SamplingParameters) -> tuple[_Indices | None, FloatArray]:
+    """Token ids, rising, and their probabilities but for their sum (float32, the largest 1; 0: not admitted).
+
+    Token ids None: those of all logits.  Of equal probabilities, as float32, the nucleus takes the lower token id first.
+    `parameters.temperature` is not 0.
+    """
+    tokens = None
+    if 0 < parameters.top_k < len(logits):
+        tokens = _largest(logits, parameters.top_k)
+        logits = logits[tokens]
+    scale = np.float32(min(1 / parameters.temperature, np.finfo(np.float32).max))
     with np.errstate(over="ignore"):  # a temperature next to 0: all but the best become -inf
-        weights = np.exp((logits[candidates].astype(np.float64) - float(logits[best])) / parameters.temperature)
+        weights: FloatArray = logits - logits.max()
+        weights *= scale
+    np.exp(weights, out=weights)
     if parameters.top_p < 1:
-        kept = _nucleus(weights, parameters.top_p)
-        candidates, weights = candidates[kept], weights[kept]
-    cumulative = np.cumsum(weights)
-    chosen = np.searchsorted(cumulative, _uniform(seed, index) * cumulative[-1], side="right")
-    return int(candidates[chosen])
+        _leave_nucleus(weights, parameters.top_p)
+    return tokens, weights
 
 
 def _uniform(seed: int, index: int) -> float:
@@ -101,27 +115,59 @@ def _uniform(seed: int, index: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=key)).random())
 
 
-def _largest(values: FloatArray | _Weights, count: int) -> _Indices:
-    """Indices, rising, of the `count` largest values (ties: the lower index), in linear time."""
-    if count >= len(values):
-        return np.arange(len(values))
-    threshold = np.partition(values, len(values) - count)[len(values) - count]
-    above = np.flatnonzero(values > threshold)
-    level = np.flatnonzero(values == threshold)[: count - len(above)]
-    return np.sort(np.concatenate([above, level]))
+def _largest(values: FloatArray, count: int) -> _Indices:
+    """Indices, rising, of the `count` largest values (ties: the lower index), in linear time; `count` < len(values)."""
+    # The largest of each of `count` blocks or more: as many values reach the `count`-th of those.
+    size = len(values) // (4 * count) or 1
+    tops = np.maximum.reduceat(values, np.arange(0, len(values), size))
+    reaching = np.flatnonzero(values >= np.partition(tops, len(tops) - count)[len(tops) - count])
+    near = values[reaching]
+    level = np.partition(near, len(near) - count)[len(near) - count]
+    kept = near > level
+    kept[np.flatnonzero(near == level)[: count - np.count_nonzero(kept)]] = True
+    largest: _Indices = reaching[kept]
+    return largest
 
 
-def _nucleus(weights: _Weights, top_p: float) -> _Indices:
-    """Indices, rising, of the fewest largest weights (ties: the lower index) that sum to `top_p` of all at least."""
-    target = top_p * weights.sum()
-    size = _FIRST_NUCLEUS
-    while True:
-        largest = _largest(weights, size)
-        order = largest[np.argsort(-weights[largest], kind="stable")]
-        cumulative = np.cumsum(weights[order])
-        if cumulative[-1] >= target or size >= len(weights):
-            return np.sort(order[: np.searchsorted(cumulative, target) + 1])
-        size *= _NUCLEUS_GROWTH
+def _leave_nucleus(weights: FloatArray, top_p: float) -> None:
+    """Set to 0 all but the fewest largest weights (ties: the lower index) that sum to `top_p` of all at least.
+
+    Those are found by halving: a pivot, and on which side of it the sum is reached.
+    """
+    total = float(weights.sum(dtype=np.float64))
+    missing = top_p * total
+    # All below this, taken together, are less than half of what may be left out.
+    rest = np.compress(weights >= (1 - top_p) * total / (2 * len(weights)), weights)
+    while len(rest) > _SORTED_AT_ONCE:
+        sample = np.sort(rest[:: len(rest) // 64])
+        larger = rest > sample[len(sample) // 2]
+        above = np.compress(larger, rest)
+        mass = float(above.sum(dtype=np.float64))
+        if mass < missing:
+            above = np.compress(~larger, rest)
+            missing -= mass
+        if len(above) == len(rest):
+            break  # more equal values than are sorted at once
+        rest = above
+    falling = np.sort(rest)[::-1]
+    last = min(int(np.searchsorted(np.cumsum(falling, dtype=np.float64), missing)), len(falling) - 1)
+    level = falling[last]
+    room = last + 1 - int(np.count_nonzero(falling > level))
+    equal = np.flatnonzero(weights == level)
+    weights *= weights >= level
+    weights[equal[room:]] = 0
+
+
+def _choose(weights: FloatArray, uniform: float) -> int:
+    """The index at which the running sum of the weights passes `uniform`, in [0, 1), of their sum."""
+    sums = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64))
+    target = uniform * sums[-1]
+    # Where rounding has let the target reach the sum: the last index that is not excluded.
+    block = int(min(np.searchsorted(sums, target, side="right"), np.searchsorted(sums, sums[-1])))
+    before = sums[block - 1] if block else 0.0
+    within = np.cumsum(weights[block * _BLOCK : (block + 1) * _BLOCK], dtype=np.float64)
+    position = min(np.searchsorted(within, target - before, side="right"), np.searchsorted(within, within[-1]))
+    return block * _BLOCK + int(position)
 
 
 def _is_integer(value: object) -> bool:

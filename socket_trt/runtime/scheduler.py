@@ -25,10 +25,19 @@ import numpy as np
 from socket_trt.errors import ConfigError, RequestError
 from socket_trt.runtime.paged_cache import PagedCache
 from socket_trt.runtime.sampling import MAX_SEED, SamplingParameters, sample
-from socket_trt.runtime.session import FloatArray, Session, StepBatch
+from socket_trt.runtime.session import FloatArray, Session, SessionLimits, StepBatch
 
 # A remainder of 3 prompt tokens cannot be cut in two without leaving one token on its own.
 _SMALLEST_SURE_CHUNK = 3
+
+
+def check_length(tokens: int, limits: SessionLimits) -> None:
+    """Raise RequestError where a prompt of so many tokens is longer than the engine's sequences may be."""
+    if tokens >= limits.max_seq_len:
+        raise RequestError(
+            f"the prompt has {tokens} tokens; this engine's limit is {limits.max_seq_len}, prompt and generated tokens "
+            "together"
+        )
 
 
 class QueueFullError(RequestError):
@@ -197,6 +206,7 @@ class Scheduler:
         Raises RequestError for a prompt that is empty, too long or no tokens of the model, and for a request that
         the pool could not hold even alone; QueueFullError where `max_waiting` requests wait already.
         """
+        check_length(len(prompt), self._limits)
         tokens = [int(token) for token in prompt]
         if tokens and not 0 <= decoded < len(tokens):
             raise RequestError(
@@ -259,11 +269,6 @@ class Scheduler:
             raise RequestError("the prompt has no tokens")
         if min(tokens) < 0 or max(tokens) >= self._limits.vocabulary_size:
             raise RequestError(f"the prompt has token ids outside 0 ... {self._limits.vocabulary_size - 1}")
-        if len(tokens) >= self._limits.max_seq_len:
-            raise RequestError(
-                f"the prompt has {len(tokens)} tokens; this engine's limit is {self._limits.max_seq_len}, "
-                "prompt and generated tokens together"
-            )
         # The last token is generated and never cached.
         room = self._cache.capacity * self._cache.page_size + 1 - len(tokens)
         if room < 1:

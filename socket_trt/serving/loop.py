@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 # A session that fails so often without a step between that works will not recover by itself.
 MAX_FAILURES_IN_A_ROW = 3
 
+_SHUTTING_DOWN = "the server is shutting down"
+
 
 @dataclasses.dataclass(frozen=True)
 class LoopOptions:
@@ -77,11 +79,13 @@ class ServingLoop:
         sink: Metrics,
         options: LoopOptions,
         on_broken: Callable[[], None],
+        on_stuck: Callable[[], None] = lambda: None,
     ) -> None:
         """Open the session and return once it has run steps.
 
         tokenizer  None: token ids are all that is answered
         on_broken  called, once, when the session can no longer be used: every request is refused from then on
+        on_stuck   called, once, when a reply does not come back from a call: others are still answered
 
         Raises what `open_session` or the first steps raise, and ConfigError for options that serve nobody.
         """
@@ -94,10 +98,10 @@ class ServingLoop:
         self._wake = threading.Condition()
         self._inbox: deque[_Arrival] = deque()
         self._gone: list[Reply] = []
-        self._closing = False
+        self._closing = self._closed = False
         self._refusal: str | None = None
         self._live: dict[Reply, _Live] = {}
-        self._delivery = Delivery(sink.publish)
+        self._delivery = Delivery(sink.publish, on_stuck)
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="serving", daemon=True)
         self._thread.start()
@@ -108,10 +112,16 @@ class ServingLoop:
             raise
 
     def submit(self, request: TextRequest | Exception, reply: Reply) -> None:
-        """Serve a request, or answer what was found wrong with it.  From any thread; answers come from another one."""
+        """Serve a request, or answer what was found wrong with it.
+
+        From any thread; answers come from another one, and from this one once the loop is closed.
+        """
         with self._wake:
-            self._inbox.append((request, reply, time.monotonic()))
-            self._wake.notify()
+            if not self._closed:
+                self._inbox.append((request, reply, time.monotonic()))
+                self._wake.notify()
+                return
+        reply.fail(ErrorCode.unavailable, _SHUTTING_DOWN)
 
     def close(self) -> None:
         """Refuse what has not ended, answer everybody, and close the session."""
@@ -137,10 +147,12 @@ class ServingLoop:
                 self._started.set_result(None)
                 self._serve(generator, metered)
         except BaseException as error:
-            if self._started.done():
-                logger.exception("the session could not be closed")
-            else:
+            if not self._started.done():
                 self._started.set_exception(error)
+                return
+            logger.exception("serving ended with an error")
+            if not self._closed:  # nobody is left to answer
+                self._on_broken()
 
     def _serve(self, generator: TextGenerator, session: MeteredSession) -> None:
         while not self._closing:
@@ -164,7 +176,7 @@ class ServingLoop:
                 self._break(f"the server failed ({_one_line(error)})")
             if session.failures_in_a_row >= MAX_FAILURES_IN_A_ROW:
                 self._break(f"the engine failed {session.failures_in_a_row} times in a row")
-        self._refuse_all("the server is shutting down")
+        self._refuse_all(_SHUTTING_DOWN)
         self._count(generator.scheduler)
 
     def _wait(self, generator: TextGenerator) -> tuple[deque[_Arrival], list[Reply]]:
@@ -284,6 +296,7 @@ class ServingLoop:
             self._end(live, "failed", ErrorCode.unavailable, message)
         with self._wake:
             arrivals, self._inbox = self._inbox, deque()
+            self._closed = True
         for _, reply, _ in arrivals:
             self._metrics.totals[metrics.RECEIVED] += 1
             self._delivery.open(reply, lambda: None)

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from socket_trt.errors import RequestError
 from socket_trt.runtime.sampling import SamplingParameters
+from socket_trt.runtime.scheduler import check_length
 from socket_trt.runtime.session import SessionLimits
 from socket_trt.serving import protocol
 from socket_trt.serving.chat import ChatTemplate
@@ -55,6 +56,7 @@ class RequestReader:
         """`tokenizer` None: requests give token ids; `template` None: they give no messages."""
         self._tokenizer = tokenizer
         self._template = template
+        self._limits = limits
         # No text longer than this can fit, so that a huge one is refused before it takes minutes to tokenise.
         vocabulary = tokenizer.get_vocab() if tokenizer is not None else {}
         self._max_characters = limits.max_seq_len * max(map(len, vocabulary), default=1)
@@ -65,7 +67,7 @@ class RequestReader:
         tensors  by the names of `protocol.INPUTS`; BYTES as object arrays of bytes
         timeout  seconds, if the request has one
 
-        Raises RequestError for whatever is wrong with it, prompts longer than the engine's limit excepted.
+        Raises RequestError for whatever is wrong with it, but for what only the scheduler can say.
         """
         given = [name for name in protocol.PROMPTS if name in tensors]
         if len(given) != 1:
@@ -91,6 +93,7 @@ class RequestReader:
     def _prompt(self, name: str, tensor: Array) -> tuple[tuple[int, ...], str]:
         """Token ids and text of the prompt; "" for one of token ids."""
         if name == protocol.INPUT_IDS:
+            check_length(tensor.size, self._limits)  # before millions of them are anybody else's work
             return tuple(tensor.reshape(-1).tolist()), ""  # who gives token ids has them
         if self._tokenizer is None:
             raise RequestError(
@@ -106,6 +109,7 @@ class RequestReader:
         # As a batch of one: the tokenizer then leaves the interpreter to other threads.  A template writes the special
         # tokens itself.
         encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=name == protocol.TEXT_INPUT)[0]
+        check_length(len(encoding), self._limits)
         return tuple(encoding.ids), text
 
     def _render(self, text: str) -> str:

@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import signal
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,19 @@ from socket_trt.serving.parameters import ModelParameters
 from socket_trt.serving.reply import ErrorCode, Piece
 from socket_trt.serving.requests import RequestReader
 
+logger = logging.getLogger(__name__)
+
 _CODES = {
     ErrorCode.invalid: "INVALID_ARG",
     ErrorCode.unavailable: "UNAVAILABLE",
     ErrorCode.cancelled: "CANCELLED",
     ErrorCode.internal: "INTERNAL",
 }
+
+
+# From asking a server whose gRPC streams are stuck to end, to ending it: what runs elsewhere in it may finish.  Triton's
+# own default of --exit-timeout-secs.
+STUCK_EXIT_SECONDS = 30.0
 
 
 class TritonPythonModel:
@@ -60,6 +69,7 @@ class TritonPythonModel:
             self._metrics,
             parameters.loop_options(max_step_tokens(engine)),
             on_broken=_stop_server,
+            on_stuck=_replace_server,
         )
         self._reader = RequestReader(tokenizer, engine.manifest.limits(parameters.num_pages), ChatTemplate.of(engine))
 
@@ -87,7 +97,7 @@ def _timeout(request: Any) -> float | None:
     microseconds = request.timeout() or json.loads(request.parameters() or "{}").get(protocol.TIMEOUT)
     if microseconds is None:
         return None
-    if not isinstance(microseconds, int):
+    if not isinstance(microseconds, int) or isinstance(microseconds, bool):
         raise RequestError(f"{protocol.TIMEOUT} is {microseconds!r}: expected microseconds, an integer")
     return microseconds / 1e6
 
@@ -158,3 +168,23 @@ def _stop_server() -> None:
     The readiness of a python model does not change while it is loaded, so nothing less tells a load balancer.
     """
     os.kill(os.getppid(), signal.SIGTERM)
+
+
+def _replace_server() -> None:
+    """End a server of which a thread waits for a lock that another one holds, and the other way round.
+
+    Asked to end, it takes no more requests and is no longer ready; but it would then wait for these threads for ever,
+    whatever its exit timeout, so that it has to be killed.  (From inside a container that it is the first process of,
+    it cannot be.)
+    """
+    server = os.getppid()
+    logger.error("the server is asked to end, and killed in %g s if it has not ended by then", STUCK_EXIT_SECONDS)
+    _stop_server()
+
+    def kill() -> None:
+        time.sleep(STUCK_EXIT_SECONDS)
+        if os.getppid() == server:
+            os.kill(server, signal.SIGKILL)
+        os._exit(1)  # it could wait for ever for the server to take a line of its log, and keep the GPU's memory
+
+    threading.Thread(target=kill, name="kill", daemon=True).start()
