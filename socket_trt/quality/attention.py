@@ -149,8 +149,10 @@ class Decoder:
     def _step(self, tokens: Tensor) -> Tensor:
         with torch.no_grad():
             result = self._model(
-                input_ids=tokens,
-                past_key_values=self._cache,
+                tokens,
+                None,
+                None,
+                self._cache,  # by position: transformers 5.24 renamed `past_key_values`
                 use_cache=True,
                 logits_to_keep=1,
                 choice=self.choice,
