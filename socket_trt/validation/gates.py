@@ -72,8 +72,9 @@ def whole_model(
         ({names.LOGITS: logits} for logits in reference.logits()), "transformers", feed_dict(scenario.steps[0])
     )
     bound, why = tolerances.logits, ""
-    if 2 * reference.rounding() > bound:  # sharp attention magnifies rounding, transformers' as well as ours
-        bound, why = 2 * reference.rounding(), ": twice transformers' own distance from float64"
+    rounding = 2 * reference.rounding()
+    if rounding > bound:  # sharp attention magnifies rounding, transformers' as well as ours
+        bound, why = rounding, ": twice transformers' own distance from float64"
     return _logits_gate(Gate.whole_model, known, "transformers", open_dense, scenario, bound, why)
 
 

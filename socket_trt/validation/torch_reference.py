@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,10 @@ class TorchReference(Reference):
         return self._calls
 
     def logits(self) -> list[Floats]:
+        return self._logits
+
+    @functools.cached_property
+    def _logits(self) -> list[Floats]:
         return transformers_logits(self._model, self._scenario)
 
     def rounding(self) -> float:
