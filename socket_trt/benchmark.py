@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from socket_trt.config import INT32_MAX, AttentionKind
-from socket_trt.engine.compile import Compiled, compile_graph
+from socket_trt.engine.compile import Compiled, compile_variant
 from socket_trt.engine.manifest import EngineDirectory, Manifest
 from socket_trt.engine.tensorrt import open_tensorrt
 from socket_trt.errors import ConfigError, EngineError
@@ -206,15 +206,7 @@ def _variant(engine: EngineDirectory, kind: str, tensorrt: TensorRT, progress: P
     plan = engine.manifest.plan
     if kind == engine.manifest.attention.value or plan is None:
         return None
-    attributes = {"min_length": INT32_MAX}
-    return compile_graph(
-        engine,
-        tensorrt,
-        progress,
-        attributes=attributes,
-        max_step_tokens=plan.max_step_tokens,
-        optimization_level=plan.optimization_level,
-    )
+    return compile_variant(engine, tensorrt, progress, {"min_length": INT32_MAX})
 
 
 def decode_batch(session: TensorRTSession, case: Case, seed: int) -> StepBatch:

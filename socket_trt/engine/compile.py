@@ -119,6 +119,23 @@ def compile_graph(
     return Compiled(plan, record)
 
 
+def compile_variant(
+    engine: EngineDirectory, tensorrt: TensorRT, progress: Progress, attributes: Mapping[str, int]
+) -> Compiled:
+    """`compile_graph` with other `attributes`, and all else as the engine's own plan has it, where there is one."""
+    plan = engine.manifest.plan
+    if plan is None:
+        return compile_graph(engine, tensorrt, progress, attributes=attributes)
+    return compile_graph(
+        engine,
+        tensorrt,
+        progress,
+        attributes=attributes,
+        max_step_tokens=plan.max_step_tokens,
+        optimization_level=plan.optimization_level,
+    )
+
+
 def load_network(engine: EngineDirectory, major: int, attributes: Mapping[str, int] | None = None) -> NetworkGraph:
     """The graph for the parser of this major version of TensorRT; `attributes`: see `compile_graph`."""
     model = ir.load(engine.graph)

@@ -57,7 +57,7 @@ class TensorRTEngine:
         self._dense: Any = None
 
     def open_dense(self) -> Session:
-        from socket_trt.engine.compile import compile_graph
+        from socket_trt.engine.compile import compile_variant
         from socket_trt.runtime.tensorrt_session import TensorRTSession
 
         manifest = self._engine.manifest
@@ -65,8 +65,7 @@ class TensorRTEngine:
             return TensorRTSession(self._engine, progress=self._progress)
         if self._dense is None:
             changes = {"budget_tokens": INT32_MAX, "min_length": 0}
-            tokens = {} if manifest.plan is None else {"max_step_tokens": manifest.plan.max_step_tokens}
-            self._dense = compile_graph(self._engine, self._tensorrt, self._progress, attributes=changes, **tokens)
+            self._dense = compile_variant(self._engine, self._tensorrt, self._progress, changes)
         return TensorRTSession(self._engine, compiled=self._dense, progress=self._progress)
 
     def operator(self, layer: int, **changes: Any) -> BaseRunner:
