@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from socket_trt import __version__, names
 from socket_trt.config import AttentionKind, SocketConfig
 from socket_trt.errors import EngineError
-from socket_trt.runtime.session import SessionLimits
+from socket_trt.runtime.session import SessionLimits, full_pool
 from socket_trt.weights import FileRecord, TensorLocation, check_files, sha256_of
 
 # Raised with every change that an older or newer release could misread.
@@ -110,11 +110,10 @@ class Manifest(_Record):
 
     def limits(self, num_pages: int | None = None) -> SessionLimits:
         """What a session of this engine holds; by default a pool in which a full batch of full sequences fits."""
-        per_sequence = -(-self.max_seq_len // self.socket.page_size)
         return SessionLimits(
             vocabulary_size=self.model.vocabulary_size,
             page_size=self.socket.page_size,
-            num_pages=num_pages or 1 + self.max_batch_size * per_sequence,
+            num_pages=num_pages or full_pool(self.max_batch_size, self.max_seq_len, self.socket.page_size),
             max_batch_size=self.max_batch_size,
             max_seq_len=self.max_seq_len,
         )

@@ -14,7 +14,7 @@ from socket_trt import names
 from socket_trt.config import SocketConfig
 from socket_trt.models.families import head_size
 from socket_trt.models.packed import PackedModel, empty_caches
-from socket_trt.runtime.session import FloatArray, Session, SessionLimits, StepBatch
+from socket_trt.runtime.session import FloatArray, Session, SessionLimits, StepBatch, full_pool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,11 +25,10 @@ class TorchSession(Session):
 
     def __init__(self, model: PreTrainedModel, socket: SocketConfig, max_seq_len: int, max_batch_size: int) -> None:
         config, device = model.config, model.device
-        per_sequence = -(-max_seq_len // socket.page_size)
         self._limits = SessionLimits(
             vocabulary_size=config.vocab_size,
             page_size=socket.page_size,
-            num_pages=1 + max_batch_size * per_sequence,
+            num_pages=full_pool(max_batch_size, max_seq_len, socket.page_size),
             max_batch_size=max_batch_size,
             max_seq_len=max_seq_len,
         )

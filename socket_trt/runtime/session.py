@@ -35,6 +35,11 @@ class SessionLimits:
         return -(-self.max_seq_len // self.page_size)
 
 
+def full_pool(max_batch_size: int, max_seq_len: int, page_size: int) -> int:
+    """Pages, the null page included, of a pool in which a full batch of full sequences fits."""
+    return 1 + max_batch_size * -(-max_seq_len // page_size)
+
+
 @dataclasses.dataclass(frozen=True)
 class StepBatch:
     """Inputs of one step, named as the graph's: N packed tokens in B rows.
