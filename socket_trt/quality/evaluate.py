@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 
@@ -24,8 +24,10 @@ from socket_trt.quality.tasks import TASKS, Sample, make_sample, score
 from socket_trt.quality.vocabulary import Vocabulary
 from socket_trt.runtime.open import max_step_tokens, open_session
 from socket_trt.runtime.sampling import SamplingParameters
-from socket_trt.runtime.scheduler import Scheduler
+from socket_trt.runtime.scheduler import Scheduler, TokenEvent
 from socket_trt.runtime.session import Session
+
+Key = TypeVar("Key")
 
 ALL = "all"
 
@@ -162,27 +164,42 @@ def answer_all(
     Raises what the session raised where a step failed.
     """
     scheduler = Scheduler(session, max_step_tokens=step_tokens)
-    queue = iter(wanted)
     asked: dict[int, tuple[_Open, int]] = {}  # by request: a sample and a turn of it
+
+    def submit(key: tuple[str, int]) -> None:
+        sample = _Open(*key, make_sample(key[0], options.length, key[1], options.seed, options.vocabulary))
+        asked.update({sample.ask(scheduler, turn): (sample, turn) for turn in range(len(sample.sample.turns))})
+
     with progress.task(f"Answering {len(wanted)} samples of {options.length} tokens", len(wanted)) as advance:
-        while True:
-            while scheduler.queue_length < session.limits.max_batch_size and (key := next(queue, None)) is not None:
-                sample = _Open(*key, make_sample(key[0], options.length, key[1], options.seed, options.vocabulary))
-                asked |= {sample.ask(scheduler, turn): (sample, turn) for turn in range(len(sample.sample.turns))}
-            if scheduler.idle:
-                return
-            for event in scheduler.step():
-                if event.error is not None:
-                    raise event.error
-                assert event.token is not None
-                sample, turn = asked[event.request_id]
-                sample.generated[turn].append(event.token)
-                if event.finish_reason is not None:
-                    del asked[event.request_id]
-                    sample.turns_left -= 1
-                    if not sample.turns_left:
-                        yield sample.result()
-                        advance(1)
+        for event, token in generated(scheduler, session.limits.max_batch_size, wanted, submit):
+            sample, turn = asked[event.request_id]
+            sample.generated[turn].append(token)
+            if event.finish_reason is not None:
+                del asked[event.request_id]
+                sample.turns_left -= 1
+                if not sample.turns_left:
+                    yield sample.result()
+                    advance(1)
+
+
+def generated(
+    scheduler: Scheduler, batch: int, wanted: Iterable[Key], submit: Callable[[Key], None]
+) -> Iterator[tuple[TokenEvent, int]]:
+    """Yield every event of the requests that `submit` makes of `wanted`, and its token; `batch` requests are kept queued.
+
+    Raises what the session raised where a step failed.
+    """
+    queue = iter(wanted)
+    while True:
+        while scheduler.queue_length < batch and (key := next(queue, None)) is not None:
+            submit(key)
+        if scheduler.idle:
+            return
+        for event in scheduler.step():
+            if event.error is not None:
+                raise event.error
+            assert event.token is not None
+            yield event, event.token
 
 
 class _Open:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from socket_trt.engine.manifest import EngineDirectory
 from socket_trt.errors import ConfigError
 from socket_trt.progress import Progress
-from socket_trt.quality.evaluate import EvalReport, SampleResult, about_engine, resumed
+from socket_trt.quality.evaluate import EvalReport, SampleResult, about_engine, generated, resumed
 from socket_trt.quality.suites import TextItem
 from socket_trt.runtime.open import load_tokenizer, max_step_tokens
 from socket_trt.runtime.sampling import SamplingParameters
@@ -38,28 +38,23 @@ def run_text_eval(
 
     def answer(session: Session, missing: Sequence[tuple[str, int]]) -> Iterable[SampleResult]:
         scheduler = Scheduler(session, engine.manifest.model.stop_token_ids, max_step_tokens=max_step_tokens(engine))
-        queue = iter(missing)
         asked: dict[int, tuple[TextItem, list[int]]] = {}
+
+        def submit(key: tuple[str, int]) -> None:
+            tokens, decoded = prepared[key]
+            parameters = SamplingParameters(max_tokens=by_key[key].max_tokens)
+            asked[scheduler.submit(tokens, parameters, decoded=decoded)] = by_key[key], []
+
         with progress.task(f"Answering {len(missing)} samples of {suite}", len(missing)) as advance:
-            while True:
-                while scheduler.queue_length < session.limits.max_batch_size and (key := next(queue, None)) is not None:
-                    tokens, decoded = prepared[key]
-                    parameters = SamplingParameters(max_tokens=by_key[key].max_tokens)
-                    asked[scheduler.submit(tokens, parameters, decoded=decoded)] = by_key[key], []
-                if scheduler.idle:
-                    return
-                for event in scheduler.step():
-                    if event.error is not None:
-                        raise event.error
-                    assert event.token is not None
-                    item, said = asked[event.request_id]
-                    if event.finish_reason is not FinishReason.stop_token:
-                        said.append(event.token)
-                    if event.finish_reason is not None:
-                        del asked[event.request_id]
-                        text = tokenizer.decode(said)
-                        yield SampleResult(item.task, item.index, item.score(text), [said], text)
-                        advance(1)
+            for event, token in generated(scheduler, session.limits.max_batch_size, missing, submit):
+                item, said = asked[event.request_id]
+                if event.finish_reason is not FinishReason.stop_token:
+                    said.append(token)
+                if event.finish_reason is not None:
+                    del asked[event.request_id]
+                    text = tokenizer.decode(said)
+                    yield SampleResult(item.task, item.index, item.score(text), [said], text)
+                    advance(1)
 
     return resumed(engine, about, list(prepared), answer, progress, output)
 
