@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from socket_trt.config import OperatorAttributes, Selection, SocketConfig
+from socket_trt.config import OperatorAttributes, Selection, SocketConfig, attended_budget
 from socket_trt.planes import draw_planes
 from socket_trt.progress import Progress
 from socket_trt.quality.attention import Choice, Decoder, chosen_attention
@@ -69,7 +68,7 @@ def candidates(socket: SocketConfig, keep_layout: bool) -> list[Candidate]:
 def budget_at(socket: SocketConfig, permille: int, shortest: int) -> SocketConfig:
     """`socket` with a budget of `permille`; a sequence shorter than any that was measured keeps as many tokens as that."""
     return socket.model_copy(
-        update={"budget_permille": permille, "budget_tokens": (shortest * permille + 999) // 1000, "min_length": 0}
+        update={"budget_permille": permille, "budget_tokens": attended_budget(shortest, 0, permille), "min_length": 0}
     )
 
 
@@ -113,7 +112,7 @@ def query_curves(
     fixed, others = fixed_and_candidates(length, attributes, dense.device)
     at = others.nonzero().squeeze(-1)
     always = float(dense[:, fixed].sum())
-    budgets = [min(len(at), math.ceil(length * permille / 1000)) for permille in PERMILLES]
+    budgets = [min(len(at), attended_budget(length, 0, permille)) for permille in PERMILLES]
     norms = per_query_head(torch.linalg.vector_norm(attention.values[:, at], dim=-1), attention.query)
     for planes in sorted({candidate.planes for candidate in tried}):
         mine = [candidate for candidate in tried if candidate.planes == planes]
