@@ -36,6 +36,7 @@ from serving.local import ROOT, LocalServer, deploy, local_server, tail
 from socket_trt import environment
 from socket_trt.cli.console import err, out, table
 from socket_trt.engine.manifest import EngineDirectory, Manifest
+from socket_trt.serving.loop import LoopOptions
 
 PERCENTILES = (50, 90, 99)
 CPU_NOTE = (
@@ -77,6 +78,19 @@ def make_requests(arguments: argparse.Namespace, rate: float, vocabulary: int) -
         Request(float(at), rng.integers(0, vocabulary, length).tolist(), int(tokens))
         for at, length, tokens in zip(np.cumsum(gaps), prompts, outputs, strict=True)
     ]
+
+
+def warming(requests: list[Request], rows: int) -> list[Request]:
+    """Requests after which decode steps of every number of rows have run: the longest prompt, and prompts of one token
+    that are answered while it is prefilled and then end one after another.
+
+    rows  of a step, at most
+    """
+    longest = max(requests, key=lambda request: len(request.prompt))
+    rows = min(rows, len(requests))
+    chunks = -(-len(longest.prompt) // LoopOptions().max_step_tokens)
+    others = [Request(0.0, longest.prompt[:1], chunks + 2 * i) for i in range(1, rows)]
+    return [Request(0.0, longest.prompt, min(longest.output_tokens, 2 * rows)), *others]
 
 
 async def send(client: grpc.InferenceServerClient, model: str, request: Request) -> Answer:
@@ -148,7 +162,7 @@ def measure_rates(
     arguments: argparse.Namespace, name: str, engine: EngineDirectory, server: LocalServer, progress: Progress
 ) -> Iterator[dict[str, Any]]:
     vocabulary = engine.manifest.model.vocabulary_size
-    warm = make_requests(arguments, math.inf, vocabulary)[: engine.manifest.max_batch_size]
+    warm = warming(make_requests(arguments, math.inf, vocabulary), engine.manifest.max_batch_size)
     asyncio.run(run(server, name, warm, progress))
     for rate in arguments.rate:
         requests = make_requests(arguments, rate, vocabulary)
