@@ -10,6 +10,7 @@ place; reports measured elsewhere (`socket-trt bench --output`) are put together
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -66,7 +67,8 @@ def export(name: str, directory: Path) -> None:
             max_seq_len=wanted["max_seq_len"],
             graph_only=True,
         )
-        build_engine(resolve_model(str(model), random_weights=True), directory, options, RichProgress())
+        source = dataclasses.replace(resolve_model(str(model), random_weights=True), name=name)
+        build_engine(source, directory, options, RichProgress())
 
 
 def measure(name: str, directory: Path) -> BenchReport:

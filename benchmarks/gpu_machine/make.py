@@ -15,7 +15,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,8 +58,16 @@ def make_family(name: str, engine: Path, scratch: Path) -> None:
     checkpoint = save_checkpoint(name, scratch / name, dtype=dtype, changes=GPU_CHANGES[name])
     build(engine, checkpoint, *SMALL)
     shutil.copytree(checkpoint, engine / "checkpoint", dirs_exist_ok=True)
+
+    def move(manifest: dict[str, Any]) -> None:
+        manifest["weights"]["directory"] = manifest["model"]["checkpoint"] = "checkpoint"
+
+    _change_manifest(engine, move)
+
+
+def _change_manifest(engine: Path, change: Callable[[dict[str, Any]], None]) -> None:
     manifest = json.loads((engine / "build.json").read_text())
-    manifest["weights"]["directory"] = manifest["model"]["checkpoint"] = "checkpoint"
+    change(manifest)
     (engine / "build.json").write_text(json.dumps(manifest, indent=2))
 
 
@@ -70,6 +80,7 @@ def make_large(name: str, engine: Path, scratch: Path) -> None:
     # Sparse at every length, or a case at 18K tokens would time dense attention against itself.
     socket = ("--budget", "0.03,1024", "--min-length", "0")
     build(engine, model, "--random-weights", "--graph-only", *socket, *options)
+    _change_manifest(engine, lambda manifest: manifest["model"].update(name=name))
 
 
 def main() -> None:
