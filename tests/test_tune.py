@@ -61,11 +61,13 @@ def test_a_shorter_sequence_keeps_as_many_tokens_as_the_shortest_measured() -> N
     assert [socket.budget(length) for length in (200, 512, 1000)] == [52, 52, 100]
 
 
-def test_the_cost_model_is_fitted_to_the_measurements_in_the_repository() -> None:
-    measured = json.loads(RESULTS.read_text())
-    again = fit(measured, H100.source)
-    assert again == H100, "run: python -m benchmarks.fit_cost_model (its docstring has the whole command)"
-    assert all(abs(socket) < 0.15 and abs(dense) < 0.05 for _, socket, dense in errors(again, measured))
+@pytest.mark.parametrize("name, largest", [("h100", 0.15), ("h200", 0.2)])
+def test_the_cost_models_are_fitted_to_the_measurements_in_the_repository(name: str, largest: float) -> None:
+    model = load_cost_model(name)
+    measured = json.loads((RESULTS.parents[2] / model.source).read_text())
+    again = fit(measured, model.source)
+    assert again == model, "run: python -m benchmarks.fit_cost_model (its docstring has the whole command)"
+    assert all(abs(socket) < largest and abs(dense) < 0.05 for _, socket, dense in errors(again, measured))
 
 
 def test_predictions_cross_over_where_sparse_attention_becomes_faster() -> None:
