@@ -149,7 +149,7 @@ def parse(trt: Any, logger: Any, network: Any, graph: NetworkGraph, graph_path: 
 
 def transpose_in_product(trt: Any, network: Any, transposed: frozenset[str]) -> None:
     """Let matrix products read weights as they are stored, [outputs, inputs], instead of a transposed copy."""
-    sources = {}
+    sources: dict[str, Any] = {}
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if layer.type == trt.LayerType.SHUFFLE and layer.get_output(0).name in transposed:
@@ -183,7 +183,7 @@ def leave_out_casts(trt: Any, network: Any) -> None:
     TensorRT 8.6 compiles every such cast by itself, 0.3 s each, and there are some hundred around the norms of 32 layers.
     """
     floating = {trt.DataType.FLOAT, trt.DataType.HALF}
-    sources = {}
+    sources: dict[str, Any] = {}
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         for index in range(layer.num_inputs):
