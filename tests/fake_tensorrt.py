@@ -40,6 +40,7 @@ class LayerType(enum.Enum):
     CAST = "Cast"
     IDENTITY = "Identity"
     PLUGIN_V2 = names.OPERATOR
+    ELEMENTWISE = "Add Div Mul Sub"
     OTHER = ""
 
 
@@ -54,7 +55,7 @@ class Layer:
         self.node = node
         self._inputs = [tensors[name] for name in node.input]
         self._outputs = [tensors[name] for name in node.output]
-        self.type = next((kind for kind in LayerType if kind.value == node.op_type), LayerType.OTHER)
+        self.type = next((kind for kind in LayerType if node.op_type in kind.value.split()), LayerType.OTHER)
         self.precision: DataType | None = None
         self.output_types: dict[int, DataType] = {}
 

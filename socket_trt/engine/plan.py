@@ -178,18 +178,20 @@ def hold_types(trt: Any, network: Any, graph: NetworkGraph) -> None:
 
 
 def leave_out_casts(trt: Any, network: Any) -> None:
-    """Let layers read what a cast between float16 and float32 reads: held to a type, they convert themselves.
+    """Let elementwise layers read what a cast between float16 and float32 reads: held to a type, they convert themselves.
 
     TensorRT 8.6 compiles every such cast by itself, 0.3 s each, and there are some hundred around the norms of 32 layers.
+    Other layers keep theirs: what it fuses has no implementation of a product or a shuffle between two types.
     """
     floating = {trt.DataType.FLOAT, trt.DataType.HALF}
     sources: dict[str, Any] = {}
     for i in range(network.num_layers):
         layer = network.get_layer(i)
-        for index in range(layer.num_inputs):
-            tensor = layer.get_input(index)  # none for an optional input
-            if tensor is not None and tensor.name in sources:
-                layer.set_input(index, sources[tensor.name])
+        if layer.type == trt.LayerType.ELEMENTWISE:
+            for index in range(layer.num_inputs):
+                source = sources.get(layer.get_input(index).name)
+                if source is not None:
+                    layer.set_input(index, source)
         if layer.type == trt.LayerType.CAST and {layer.get_input(0).dtype, layer.get_output(0).dtype} <= floating:
             sources[layer.get_output(0).name] = layer.get_input(0)  # its readers come after it
 
