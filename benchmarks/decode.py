@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from socket_trt.benchmark import BenchOptions, BenchReport, Case, plot, run_benchmark
+from socket_trt.benchmark import BenchOptions, BenchReport, plot, run_benchmark
+from socket_trt.cases import Case
 from socket_trt.cli.console import RichProgress
 from socket_trt.config import SocketConfig
 from socket_trt.engine.compile import compile_engine

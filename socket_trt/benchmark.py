@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from socket_trt.cases import Case
 from socket_trt.config import INT32_MAX, AttentionKind
 from socket_trt.engine.compile import Compiled, compile_variant
 from socket_trt.engine.manifest import EngineDirectory, Manifest
@@ -29,20 +30,6 @@ if TYPE_CHECKING:
     from socket_trt.engine.tensorrt import TensorRT
 
 _WARM_UP = 5
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A decode step of `batch` sequences of `context` tokens each, the current one included."""
-
-    batch: int
-    context: int
-
-    def pages(self, manifest: Manifest) -> int:
-        return self.batch * -(-self.context // manifest.socket.page_size)
-
-    def __str__(self) -> str:
-        return f"batch {self.batch}, {self.context} tokens"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,19 +100,6 @@ class BenchReport:
         same = [r for r in self.decode if (r.batch, r.context) == (result.batch, result.context)]
         dense = next((r for r in same if r.attention == AttentionKind.dense.value), None)
         return None if dense is None else dense.step_ms / result.step_ms
-
-
-def parse_cases(text: str) -> list[Case]:
-    """`--cases`: "1x128K,4x128K" is one sequence of 131072 tokens, then four.  Raises ConfigError."""
-    cases = []
-    for part in text.split(","):
-        batch, cross, length = part.strip().lower().partition("x")
-        factor = 1024 if length.endswith("k") else 1
-        digits = length.removesuffix("k")
-        if not (cross and batch.isdigit() and digits.isdigit() and int(batch) and int(digits)):
-            raise ConfigError(f"--cases {text}: give BATCHxTOKENS, such as 1x128K or 4x32768, separated by commas")
-        cases.append(Case(int(batch), factor * int(digits)))
-    return cases
 
 
 def run_benchmark(engine: EngineDirectory, options: BenchOptions, progress: Progress) -> BenchReport:

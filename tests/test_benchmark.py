@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from socket_trt.benchmark import BenchOptions, BenchReport, Case, DecodeResult, decode_batch, parse_cases, run_benchmark
+from socket_trt.benchmark import BenchOptions, BenchReport, DecodeResult, decode_batch, run_benchmark
+from socket_trt.cases import Case, parse_cases
 from socket_trt.cli.main import main
 from socket_trt.engine.manifest import EngineDirectory
 from socket_trt.errors import ConfigError, EngineError
@@ -106,13 +107,13 @@ def test_a_batch_decodes_the_last_token_of_every_sequence(machine: FakeMachine) 
     ("text", "cases"), [("1x128K", [Case(1, 131072)]), ("2x10, 4x1k", [Case(2, 10), Case(4, 1024)])]
 )
 def test_cases(text: str, cases: list[Case]) -> None:
-    assert parse_cases(text) == cases
+    assert parse_cases("--cases", text) == cases
 
 
 @pytest.mark.parametrize("text", ["", "1", "x4", "1x", "0x4", "1x0", "ax4", "1x4M", "1x4,"])
 def test_bad_cases(text: str) -> None:
     with pytest.raises(ConfigError, match="--cases"):
-        parse_cases(text)
+        parse_cases("--cases", text)
 
 
 def test_cases_beyond_the_engine(machine: FakeMachine) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from socket_trt.benchmark import Case, decode_batch
+from socket_trt.benchmark import decode_batch
+from socket_trt.cases import Case
 from socket_trt.engine.compile import compile_engine
 from socket_trt.engine.manifest import EngineDirectory
 from socket_trt.errors import ConfigError, EngineError, MissingDependencyError, RequestError

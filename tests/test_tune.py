@@ -130,6 +130,8 @@ def test_prompts_of_a_user(run: Run, tmp_path: Path) -> None:  # noqa: F811
     assert_one_line_error(run(*tune, "--prompts", prompts, "--suite", "single"), "exclude each other")
     assert_one_line_error(run(*tune, "--prompts", prompts, "--measure", "accuracy"), "right answers")
     assert_one_line_error(run(*tune, "--prompts", prompts, "--at", "128K"), "BATCHxTOKENS")
+    assert_one_line_error(run(*tune, "--prompts", prompts, "--at", "1x4k,2x4k"), "one case")
+    assert_one_line_error(run(*tune, "--prompts", prompts, "--plot", "nowhere/plot.png"), "cannot be written")
     assert_one_line_error(run(*tune, "--prompts", prompts, "--min-length", "x"), "--min-length")
     assert_one_line_error(run(*tune, "--prompts", prompts, "--queries", "400"), "twice --queries")
     for text, message in (("one prompt", "JSON lines"), ('"one"', "at least two"), ("[1]\n[2]", "JSON lines")):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from socket_trt.cases import parse_cases
 from socket_trt.cli.console import RichProgress, out, table
 from socket_trt.cli.extras import needs
+from socket_trt.cli.outputs import check_outputs
 from socket_trt.cli.sizes import human_bytes
 from socket_trt.engine.manifest import EngineDirectory
-from socket_trt.errors import ConfigError
 
 if TYPE_CHECKING:
     from socket_trt.benchmark import BenchReport
@@ -41,11 +41,11 @@ def bench(
     """Time decode steps and prefill of a TensorRT engine, SOCKET against dense, on caches of random keys and values."""
     engine = EngineDirectory.open(directory)
     with needs("tensorrt", "benchmarking", others={"matplotlib": "plot"}):
-        from socket_trt.benchmark import BenchOptions, parse_cases, plot, run_benchmark
+        from socket_trt.benchmark import BenchOptions, plot, run_benchmark
 
-        _check_outputs(output, plot_file)
+        check_outputs(output, plot_file)
     options = BenchOptions(
-        cases=parse_cases(cases),
+        cases=parse_cases("--cases", cases),
         steps=steps,
         prefill=prefill,
         dense=dense,
@@ -62,19 +62,6 @@ def bench(
         out.print_json(data=report.as_dict())
         return
     print_report(report)
-
-
-def _check_outputs(output: Path | None, plot_file: Path | None) -> None:
-    """Raise ConfigError for a file that could not be written, before an hour is spent on what it is for."""
-    for option, file in (("--output", output), ("--plot", plot_file)):
-        if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
-            raise ConfigError(f"{option} {file}: cannot be written; give a file in a directory that can be")
-    if plot_file is not None:
-        from matplotlib.backend_bases import FigureCanvasBase
-
-        kinds = FigureCanvasBase.get_supported_filetypes()
-        if plot_file.suffix.lstrip(".").lower() not in kinds:
-            raise ConfigError(f"--plot {plot_file}: give a file that ends in one of {', '.join(sorted(kinds))}")
 
 
 def print_report(report: BenchReport) -> None:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from socket_trt.cases import Case, parse_cases
 from socket_trt.cli.console import RichProgress, err, out, table
 from socket_trt.cli.extras import needs
+from socket_trt.cli.outputs import check_outputs
 from socket_trt.config import SocketConfig
 from socket_trt.cost import DEFAULT, Shape, load_cost_model
 from socket_trt.engine.manifest import EngineDirectory
@@ -78,13 +80,12 @@ def tune(
         from socket_trt.quality.tuner import tune as choose
         from socket_trt.validation.torch_reference import load_model
 
-        if plot_file is not None:
-            import matplotlib  # noqa: F401  (before an hour is spent on what cannot be drawn)
+        check_outputs(None, plot_file)
     check_retunable(engine)
-    batch, tokens = _workload(at, manifest.max_seq_len)
+    step = _only(parse_cases("--at", at)) if at is not None else Case(1, manifest.max_seq_len)
     calibration, held_out = _groups(engine, prompts, suite, length, samples, seed, queries)
     shape = Shape(manifest.model.query_heads, manifest.model.kv_heads, manifest.model.head_size)
-    workload = Workload(load_cost_model(gpu), shape, batch, tokens, manifest.max_seq_len)
+    workload = Workload(load_cost_model(gpu), shape, step.batch, step.context, manifest.max_seq_len)
     progress = RichProgress()
     with progress.task("Loading the model"):
         import torch
@@ -181,16 +182,10 @@ def _min_length(text: str, backend: str, socket: SocketConfig) -> int | None:
     return SocketConfig.create(min_length=int(text)).min_length
 
 
-def _workload(text: str | None, longest: int) -> tuple[int, int]:
-    """Batch and tokens of `--at`."""
-    if text is None:
-        return 1, longest
-    batch, cross, tokens = text.partition("x")
-    factor = 1024 if tokens.endswith("K") else 1
-    tokens = tokens.removesuffix("K")
-    if not (cross and batch.isdigit() and tokens.isdigit() and int(batch) and int(tokens)):
-        raise ConfigError(f"--at {text}: give BATCHxTOKENS, such as 1x128K")
-    return int(batch), int(tokens) * factor
+def _only(cases: list[Case]) -> Case:
+    if len(cases) > 1:
+        raise ConfigError("--at: speed is predicted for one case, such as 1x128K")
+    return cases[0]
 
 
 def _groups(
