@@ -144,7 +144,7 @@ class Comparison:
 
     def _methods(self, task: str, seed: int) -> None:
         """Every method and budget on a task with one seed, and the sweep of SOCKET's parameters."""
-        made = [make(seed) for make in COMPARED]
+        made = [made for make in COMPARED if (made := make(seed)).name in self.arguments.methods]
         methods = [method for method in made if not isinstance(method, Dense) and (method.draws or seed == 0)]
         cases = [*itertools.product(self._budgets, methods)]
         parts = list(batches(task, self.arguments, self.vocabulary))
@@ -178,6 +178,8 @@ class Comparison:
     def _library(self) -> None:
         """SOCKET through the operator on a paged cache, beside the reference semantics with the same configuration."""
         arguments = self.arguments
+        if arguments.library_samples == 0:
+            return
         on_gpu = self.model.device.type == "cuda"
         if on_gpu and library_path() is None:
             self.report["library_missing"] = "the native library is not built (docs/development.md)"
@@ -387,10 +389,12 @@ def main() -> None:
     source.add_argument("--checkpoint", type=Path, help="written by benchmarks/train_retriever.py")
     source.add_argument("--report", type=Path, help="write text and plot of this NAME.json again, beside it")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="by default those it answers well")
+    names = [make(0).name for make in COMPARED]
+    parser.add_argument("--methods", nargs="+", choices=names, default=names, metavar="NAME", help="by default all")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sample")
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--measured", type=int, default=8, help="samples whose attention is measured")
-    parser.add_argument("--library-samples", type=int, default=8, help="samples that the operator answers too")
+    parser.add_argument("--library-samples", type=int, default=8, help="samples that the operator answers too; 0: none")
     parser.add_argument("--batch", type=int, default=16, help="samples decoded together")
     parser.add_argument("--plane-seeds", type=int, default=3)
     parser.add_argument("--sink", type=int, default=4)

@@ -55,12 +55,13 @@ def test_the_comparison_of_methods(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         lambda seed: methods.Socket(seed=seed),
         lambda seed: methods.SinkWindow(),
         lambda seed: methods.Random(seed=seed),
+        lambda seed: methods.Quest(),  # not asked for
     )
     monkeypatch.setattr(quality, "COMPARED", makers)
     monkeypatch.setattr(quality, "SWEEP", {"tables": (2, 60)})
     arguments = argparse.Namespace(
         tasks=["haystack", "multi-value"], length=512, samples=4, batch=2, measured=2, plane_seeds=2, sink=4, window=4, seed=2,
-        library_samples=3, time_limit=None,
+        library_samples=3, time_limit=None, methods=[make(0).name for make in makers[:-1]],
     )  # fmt: skip
     model = LlamaForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
     kept_reports: list[int] = []
