@@ -5,7 +5,7 @@
 Every figure is the median over replays of a CUDA graph that calls the operator once on each of several input sets, which
 together exceed the L2 cache.  Stages are differences: the operator up to a stage, less the operator up to the one
 before.  Dense baselines run on the same bytes in the same process: PyTorch's SDPA with cuDNN and with flash attention,
-and this library's own dense decode.  Writes attention-<gpu>.json, .md and .png.
+FlashInfer and FlashAttention-3 where they are installed, and this library's own dense decode.  Writes attention-<gpu>.json, .md and .png.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.dense_backends import BACKENDS, is_installed
+from benchmarks.files import gpu_slug
 from socket_trt.config import INT32_MAX, SocketConfig, attended_budget, code_bits
 from socket_trt.native import STAGES, load_library, native_attention, params_of
 
@@ -202,6 +204,11 @@ def dense_times(sets: list[Inputs], workspace: Tensor) -> dict[str, float]:
             times[name] = time_graph([lambda x=x, b=backend: x.sdpa(b) for x in sets])
         except RuntimeError as error:
             print(f"  {name}: {str(error).splitlines()[0]}", file=sys.stderr)
+    for name in filter(is_installed, BACKENDS):
+        try:
+            times[name] = time_graph(BACKENDS[name].calls(sets))
+        except Exception as error:  # whatever another library raises, the comparison goes on without it
+            print(f"  {name}: {str(error).splitlines()[0]}", file=sys.stderr)
     return times
 
 
@@ -338,6 +345,9 @@ def main() -> None:
     parser.add_argument("--no-prefill", action="store_true")
     arguments = parser.parse_args()
     load_library().prepare()
+    absent = [name for name in BACKENDS if not is_installed(name)]
+    if absent:
+        print(f"not installed, and left out: {', '.join(absent)}", file=sys.stderr)
     gpu = torch.cuda.get_device_name()
     results: dict[str, Any] = {
         "gpu": gpu,
@@ -358,7 +368,7 @@ def main() -> None:
     print(text)
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        stem = arguments.output / f"attention-{gpu.removeprefix('NVIDIA ').lower().replace(' ', '-')}"
+        stem = arguments.output / f"attention-{gpu_slug(gpu)}"
         stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
         stem.with_suffix(".md").write_text(text)
         plot(results, stem.with_suffix(".png"))

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.files import gpu_slug
 from socket_trt.benchmark import BenchOptions, BenchReport, plot, run_benchmark
 from socket_trt.cases import Case
 from socket_trt.cli.console import RichProgress
@@ -115,7 +116,7 @@ def main() -> None:
     else:
         reports = [measure(name, arguments.engines / name) for name in ENGINES]
     arguments.output.mkdir(parents=True, exist_ok=True)
-    stem = f"decode-{reports[0].gpu.removeprefix('NVIDIA ').lower().replace(' ', '-')}"
+    stem = f"decode-{gpu_slug(reports[0].gpu)}"
     fields = [report.as_dict() for report in reports]
     (arguments.output / f"{stem}.json").write_text(json.dumps(fields, indent=2) + "\n")
     (arguments.output / f"{stem}.md").write_text(table(reports))
