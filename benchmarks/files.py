@@ -6,6 +6,6 @@ import re
 
 
 def gpu_slug(gpu: str) -> str:
-    """ "NVIDIA H100 80GB HBM3" -> "h100": the GPU's name without maker and memory."""
+    """The GPU's name without maker and memory: "NVIDIA H100 80GB HBM3" -> "h100"."""
     words = re.sub(r"\bNVIDIA\b|\b\d+GB\b|\bHBM\w*", " ", gpu).split()
     return "-".join(words).lower()

@@ -55,12 +55,23 @@ def test_steps_and_texts_are_those_of_onnx_runtime(version: str, machine: FakeMa
     assert not trt.driver.graphs
 
 
+def test_logits_are_not_copied(machine: FakeMachine) -> None:
+    machine.install()
+    session = TensorRTSession(machine.compiled(), random_weights=True)
+    batch = decode_batch(session, Case(2, 40), seed=0)
+    logits = session.step(batch)
+    assert logits.dtype == np.float32
+    assert np.shares_memory(logits, session.step(batch))
+    with pytest.raises(ValueError, match="read-only"):
+        logits[0] = 0
+
+
 def test_each_shape_has_a_context_and_its_graph_is_replayed(machine: FakeMachine) -> None:
     trt = machine.install()
     session = TensorRTSession(machine.compiled(), random_weights=True)
     made = len(trt.contexts)
     one, three = (decode_batch(session, Case(batch, 40), seed=0) for batch in (1, 3))
-    first = session.step(one)
+    first = session.step(one).copy()
     assert trt.driver.launches == 0
     assert np.array_equal(session.step(one), first)
     assert np.array_equal(session.step(one), first)

@@ -69,7 +69,11 @@ class Session(ABC):
 
     @abstractmethod
     def step(self, batch: StepBatch) -> FloatArray:
-        """Run one step, update the cache, and return the logits, float32 [B, V], of each row's wanted token."""
+        """Run one step, update the cache, and return the logits, float32 [B, V], of each row's wanted token.
+
+        They may lie in the session's own memory and not be written to: whoever wants them after the next step, or after
+        `close`, copies them.
+        """
 
     def close(self) -> None:  # noqa: B027  (most sessions have nothing to free)
         """Free what the session holds outside Python's memory."""

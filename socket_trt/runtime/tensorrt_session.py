@@ -230,7 +230,8 @@ class TensorRTSession(Session):
         if decoder is not None and decoder.graph is None and decoder.capturable:
             self._capture(decoder, shape)
         rows = self._logits_host.bytes[: 4 * shape.rows * self._limits.vocabulary_size]
-        logits: FloatArray = rows.view(np.float32).reshape(shape.rows, -1).copy()
+        logits: FloatArray = rows.view(np.float32).reshape(shape.rows, -1)
+        logits.flags.writeable = False  # not copied: 16 rows of 128,256 tokens would take 0.7 ms
         return logits
 
     def _capture(self, decoder: _Decoder, shape: StepShape) -> None:

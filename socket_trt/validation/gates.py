@@ -270,7 +270,7 @@ class _Listening(Session):
         return self._session.limits
 
     def step(self, batch: StepBatch) -> Floats:
-        self.heard.append(self._session.step(batch))
+        self.heard.append(self._session.step(batch).copy())
         return self.heard[-1]
 
     def close(self) -> None:

@@ -53,7 +53,7 @@ class SessionRunner(BaseRunner):  # type: ignore[misc]  # Polygraphy has no type
         begin = time.perf_counter()
         logits = self._session.step(StepBatch(**feed_dict))
         self.inference_time = time.perf_counter() - begin
-        return OrderedDict({names.LOGITS: logits})
+        return OrderedDict({names.LOGITS: logits.copy()})
 
 
 class KnownAnswers(BaseRunner):  # type: ignore[misc]  # Polygraphy has no types
