@@ -36,10 +36,11 @@ MAX_GROUP = 16  # query heads of a KV head
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A plan and what it was built with."""
+    """A plan, what it was built with, and the graph it was built from."""
 
     plan: bytes
     record: PlanRecord
+    network: NetworkGraph
 
 
 def compile_engine(
@@ -63,7 +64,7 @@ def compile_engine(
     compiled = compile_graph(
         engine, tensorrt, progress, max_step_tokens=max_step_tokens, optimization_level=optimization_level
     )
-    _replace(engine.path / NETWORK_FILE, load_network(engine, tensorrt.major).serialize())
+    _replace(engine.path / NETWORK_FILE, compiled.network.serialize())
     _replace(engine.path / PLAN_FILE, compiled.plan)
     engine.write(engine.manifest.model_copy(update={"plan": compiled.record}))
     return engine.manifest
@@ -116,7 +117,7 @@ def compile_graph(
         optimization_level=level,
         build_seconds=round(time.perf_counter() - begin, 2),
     )
-    return Compiled(plan, record)
+    return Compiled(plan, record, network)
 
 
 def compile_variant(
