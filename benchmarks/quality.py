@@ -19,6 +19,7 @@ import dataclasses
 import itertools
 import json
 import platform
+import shlex
 import sys
 import time
 from collections import defaultdict
@@ -418,7 +419,7 @@ def main() -> None:
     model = transformers.LlamaForCausalLM.from_pretrained(arguments.checkpoint, dtype=torch.float32)
     machine = torch.cuda.get_device_name() if arguments.device != "cpu" else f"{arguments.threads} CPU threads, no GPU"
     options = {k: v for k, v in vars(arguments).items() if k not in ("checkpoint", "output", "report")}
-    command = " ".join(["python -m benchmarks.quality", *sys.argv[1:]])
+    command = "python -m benchmarks.quality " + shlex.join(sys.argv[1:])
     about = {"command": command, "machine": machine, "python": platform.python_version(), "torch": torch.__version__}
     comparison = Comparison(model.to(arguments.device).eval(), vocabulary, arguments)
     stem = arguments.output / arguments.name
