@@ -307,6 +307,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines.append("\n## The operator on a paged cache\n")
     if "library_missing" in report:
         lines.append(f"Not run: {report['library_missing']}.")
+    elif not report["library"]:
+        lines.append("Not asked for.")
     else:
         lines.append(f"Of all answers {agreement(report):.1%} are the very ones of the reference semantics.\n")
         lines += [
