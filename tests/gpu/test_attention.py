@@ -123,6 +123,18 @@ def test_a_sample_that_misleads() -> None:
     check(step)
 
 
+@pytest.mark.parametrize("planes", [8, 10])
+@pytest.mark.parametrize("selection", ["query_head", "kv_head"])
+@pytest.mark.parametrize(("first", "count"), [(30000, 1000), (50048, 128), (68000, 1900), (20000, 12000)])
+def test_the_best_tokens_lie_together(first: int, count: int, selection: str, planes: int) -> None:
+    """One block, or a few of its warps, have nearly all that is selected, and more than they can hold."""
+    config = config_of(page_size=128, tables=60, planes=planes, budget_permille=30, selection=selection)
+    step = long_step([(70000, 1)], config, query_heads=4, kv_heads=2, head_size=64, dtype=torch.float16, seed=5)
+    best = torch.arange(first, first + count, device="cuda")
+    step.norm_cache[step.page_table[0, best // 128].long(), :, best % 128] *= 20
+    check(step)
+
+
 def test_several_rows_of_one_sequence() -> None:
     """Rows with the same pages at consecutive past lengths: each sees the tokens of the rows before it."""
     config = config_of(tables=16)
