@@ -10,74 +10,32 @@ place; reports measured elsewhere (`socket-trt bench --output`) are put together
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import tempfile
 from pathlib import Path
-from typing import Any
 
 from benchmarks.files import gpu_slug
 from socket_trt.benchmark import BenchOptions, BenchReport, plot, run_benchmark
 from socket_trt.cases import Case
 from socket_trt.cli.console import RichProgress
-from socket_trt.config import SocketConfig
 from socket_trt.engine.compile import compile_engine
 from socket_trt.engine.manifest import MANIFEST_FILE, EngineDirectory
 
-KEPT = 30  # per mille
-# Engines: layers, the method's parameters, limits, and what is timed.  The one-layer case is the one that the method's
-# authors published.
-ENGINES: dict[str, dict[str, Any]] = {
-    "llama3-8b": {
-        "layers": 32,
-        "socket": SocketConfig(budget_permille=KEPT, min_length=0),
-        "max_batch_size": 4,
-        "max_seq_len": 512 << 10,
-        "options": BenchOptions(
-            [Case(1, 128 << 10), Case(4, 128 << 10), Case(1, 512 << 10)], prefill=8192, random_weights=True
-        ),
-    },
-    "llama3-8b-1layer": {
-        "layers": 1,
-        "socket": SocketConfig(budget_permille=KEPT, planes=10, temperature=0.4, min_length=0),
-        "max_batch_size": 1,
-        "max_seq_len": 144 << 10,
-        "options": BenchOptions([Case(1, 18 << 10), Case(1, 140 << 10)], steps=200, random_weights=True),
-    },
+# What is timed of the engines of `benchmarks.shapes`.
+OPTIONS = {
+    "llama3-8b": BenchOptions(
+        [Case(1, 128 << 10), Case(4, 128 << 10), Case(1, 512 << 10)], prefill=8192, random_weights=True
+    ),
+    "llama3-8b-1layer": BenchOptions([Case(1, 18 << 10), Case(1, 140 << 10)], steps=200, random_weights=True),
 }
-
-
-def export(name: str, directory: Path) -> None:
-    """The graph of one of `ENGINES`; needs PyTorch."""
-    from socket_trt.engine.build import BuildOptions, build_engine
-    from socket_trt.models.checkpoint import resolve_model
-    from socket_trt.models.presets import find_preset
-
-    wanted = ENGINES[name]
-    with tempfile.TemporaryDirectory() as scratch:
-        model = Path(scratch) / name
-        model.mkdir()
-        # Longer contexts than the model was made for: its shapes are wanted, not its answers.
-        config = find_preset("llama3-8b").config
-        changed = {"num_hidden_layers": wanted["layers"], "max_position_embeddings": 1 << 20}
-        (model / "config.json").write_text(json.dumps(config | changed))
-        options = BuildOptions(
-            wanted["socket"],
-            backend="tensorrt",
-            dtype="float16",
-            max_batch_size=wanted["max_batch_size"],
-            max_seq_len=wanted["max_seq_len"],
-            graph_only=True,
-        )
-        source = dataclasses.replace(resolve_model(str(model), random_weights=True), name=name)
-        build_engine(source, directory, options, RichProgress())
 
 
 def measure(name: str, directory: Path) -> BenchReport:
     if not (directory / MANIFEST_FILE).is_file():
-        export(name, directory)
+        from benchmarks.shapes import export  # needs PyTorch
+
+        export(name, directory, RichProgress())
     compile_engine(EngineDirectory.open(directory), RichProgress())
-    return run_benchmark(EngineDirectory.open(directory), ENGINES[name]["options"], RichProgress())
+    return run_benchmark(EngineDirectory.open(directory), OPTIONS[name], RichProgress())
 
 
 def table(reports: list[BenchReport]) -> str:
@@ -114,7 +72,7 @@ def main() -> None:
     if arguments.reports:
         reports = [BenchReport.from_dict(json.loads(path.read_text())) for path in arguments.reports]
     else:
-        reports = [measure(name, arguments.engines / name) for name in ENGINES]
+        reports = [measure(name, arguments.engines / name) for name in OPTIONS]
     arguments.output.mkdir(parents=True, exist_ok=True)
     stem = f"decode-{gpu_slug(reports[0].gpu)}"
     fields = [report.as_dict() for report in reports]
