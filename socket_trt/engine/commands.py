@@ -1,8 +1,8 @@
 """The same plan by NVIDIA's own tools: command lines of `trtexec` and `polygraphy run`, for whoever debugs a build.
 
-Both take `network.onnx`, the graph that the plan was built from.  They differ from the build in two things: only the
-build lets matrix products read weights without a transpose, and on TensorRT 8.6 the tools are told the types of layers by
-name.
+Both take `network.onnx`, the graph that the plan was built from.  They differ from the build in three things: only the
+build lets matrix products read weights without a transpose, and on TensorRT 8.6 only the build leaves casts out and the tools
+are told the types of layers by name.
 """
 
 from __future__ import annotations
