@@ -27,15 +27,17 @@ def flashinfer_calls(sets: Sequence[Inputs]) -> list[Call]:
     """FlashInfer's decode over the paged caches as they are; the query's bytes are read as [B, Hq, D]."""
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
+    device = sets[0].query.device
+    workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)  # of all calls, which follow one another
+
     def call(x: Inputs) -> Call:
         batch, columns = x.page_table.shape
         _, kv_heads, page_size, head_size = x.key_cache.shape
-        device = x.query.device
         first_page = torch.arange(batch + 1, dtype=torch.int32, device=device) * columns
         last_tokens = x.past_length % page_size + 1  # the current token is the last page's last
         pages = x.page_table.reshape(-1)
         decode = BatchDecodeWithPagedKVCacheWrapper(
-            torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device),
+            workspace,
             "HND",
             use_cuda_graph=True,
             use_tensor_cores=True,

@@ -29,6 +29,12 @@ def inputs() -> SimpleNamespace:
     )
 
 
+def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Dense attention of one token: query [Hq, D], keys and values [T, Hkv, D]; returns [Hq, D]."""
+    heads = [x.transpose(0, 1) for x in (keys, values)]
+    return torch.nn.functional.scaled_dot_product_attention(query[:, None], *heads, enable_gqa=True)[:, 0]
+
+
 def install(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: Any) -> None:
     module = ModuleType(name)
     module.__spec__ = importlib.machinery.ModuleSpec(name, None)
@@ -54,9 +60,7 @@ def test_flashinfer_reads_the_pages_as_they_are(inputs: SimpleNamespace, monkeyp
             for row in range(len(last)):
                 own = pages[begin[row] : begin[row + 1]].long()
                 length = (len(own) - 1) * PAGE_SIZE + int(last[row])
-                keys, values = (cache[own].transpose(1, 2).flatten(0, 1)[:length] for cache in caches)
-                heads = [x.repeat_interleave(QUERY_HEADS // KV_HEADS, 1).transpose(0, 1) for x in (keys, values)]
-                outputs.append(torch.nn.functional.scaled_dot_product_attention(query[row, :, None], *heads)[:, 0])
+                outputs.append(attend(query[row], *(x[own].transpose(1, 2).flatten(0, 1)[:length] for x in caches)))
             return torch.stack(outputs)
 
     install(monkeypatch, "flashinfer", BatchDecodeWithPagedKVCacheWrapper=Wrapper)
@@ -66,20 +70,18 @@ def test_flashinfer_reads_the_pages_as_they_are(inputs: SimpleNamespace, monkeyp
     row, position = 1, torch.arange(LENGTH)
     slots = inputs.page_table[row].long()[position // PAGE_SIZE], position % PAGE_SIZE
     keys, values = (cache.transpose(1, 2)[slots] for cache in (inputs.key_cache, inputs.value_cache))
-    query = inputs.query.view(BATCH, QUERY_HEADS, HEAD_SIZE)[row]
-    heads = [x.repeat_interleave(QUERY_HEADS // KV_HEADS, 1).transpose(0, 1) for x in (keys, values)]
-    expected = torch.nn.functional.scaled_dot_product_attention(query[:, None], *heads)[:, 0]
+    expected = attend(inputs.query.view(BATCH, QUERY_HEADS, HEAD_SIZE)[row], keys, values)
     assert isinstance(output, Tensor)
     assert torch.allclose(output[row], expected, atol=1e-5)
 
 
 def test_flash_attention_3_reads_as_many_bytes(inputs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    def attend(query: Tensor, keys: Tensor, values: Tensor, cache_seqlens: Tensor) -> list[torch.Size]:
+    def decode(query: Tensor, keys: Tensor, values: Tensor, cache_seqlens: Tensor) -> list[torch.Size]:
         assert cache_seqlens.tolist() == [LENGTH] * BATCH
         assert keys.data_ptr() == inputs.key_cache.data_ptr()
         return [query.shape, keys.shape, values.shape]
 
-    install(monkeypatch, "flash_attn_interface", flash_attn_with_kvcache=attend)
+    install(monkeypatch, "flash_attn_interface", flash_attn_with_kvcache=decode)
     (call,) = BACKENDS["flash_attention_3"].calls([inputs])
     cache = (BATCH, LENGTH, KV_HEADS, HEAD_SIZE)
     assert call() == [(BATCH, 1, QUERY_HEADS, HEAD_SIZE), cache, cache]
