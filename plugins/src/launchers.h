@@ -32,11 +32,14 @@ ScorePlan plan_score_wide(const Arguments& a);
 // Blocks that select for one head together.
 int plan_select(const Arguments& a, const Device& device);
 int plan_select_capacity(const Device& device);
+// Whether they attend, too.
+bool plan_select_attend(const Arguments& a, const Device& device);
 
 cudaError_t launch_append(const Arguments& a, cudaStream_t stream);
 cudaError_t launch_score(const Arguments& a, const ScorePlan& plan, cudaStream_t stream);
 cudaError_t launch_score_wide(const Arguments& a, const ScorePlan& plan, cudaStream_t stream);
 cudaError_t launch_select(const Arguments& a, cudaStream_t stream);
+cudaError_t launch_select_attend(const Arguments& a, cudaStream_t stream);
 cudaError_t launch_combine(const Arguments& a, cudaStream_t stream);
 
 // Allow a kernel its shared memory.  All kernels ask for the same division of a multiprocessor's memory into cache and

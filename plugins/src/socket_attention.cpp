@@ -211,6 +211,7 @@ int32_t make_plan(const SocketTrtAttentionParams& p, const Device& device, Plan&
         plan.score = plan_score(a, device);
         a.select_capacity = plan_select_capacity(device);
         a.select_blocks = plan_select(a, device);
+        a.select_attends = plan_select_attend(a, device);
     }
     const int64_t selecting = a.sparse ? static_cast<int64_t>(a.items) * a.select_heads : 0;
     const int64_t heads = static_cast<int64_t>(a.items) * p.query_heads;
@@ -268,6 +269,9 @@ int32_t run(const Plan& plan, const Device& device, cudaStream_t stream) {
     // Dense items among sparse ones: short sequences, and several tokens of one sequence where every token is an item.
     const bool sparse = a.sparse && a.items > 0;
     const bool dense = a.items > 0 && (!a.sparse || a.p.min_length > 0 || (a.items_are_tokens && a.items > 1));
+    const bool select = sparse && (stages & SOCKET_TRT_STAGE_SELECT) != 0;
+    const bool attend = sparse && (stages & SOCKET_TRT_STAGE_ATTEND) != 0;
+    const bool together = select && attend && a.select_attends;
     const struct {
         const char* name;
         bool wanted;
@@ -279,9 +283,11 @@ int32_t run(const Plan& plan, const Device& device, cudaStream_t stream) {
          [](const Plan& x, const Device& d, cudaStream_t s) { return launch_prefill(x.arguments, d, s); }},
         {"score", (stages & SOCKET_TRT_STAGE_SCORE) != 0 && sparse,
          [](const Plan& x, const Device&, cudaStream_t s) { return launch_score(x.arguments, x.score, s); }},
-        {"select", (stages & SOCKET_TRT_STAGE_SELECT) != 0 && sparse,
+        {"select and attend", together,
+         [](const Plan& x, const Device&, cudaStream_t s) { return launch_select_attend(x.arguments, s); }},
+        {"select", select && !together,
          [](const Plan& x, const Device&, cudaStream_t s) { return launch_select(x.arguments, s); }},
-        {"sparse decode", (stages & SOCKET_TRT_STAGE_ATTEND) != 0 && sparse,
+        {"sparse decode", attend && !together,
          [](const Plan& x, const Device& d, cudaStream_t s) { return launch_decode(x.arguments, d, true, s); }},
         {"dense decode", (stages & SOCKET_TRT_STAGE_ATTEND) != 0 && dense,
          [](const Plan& x, const Device& d, cudaStream_t s) { return launch_decode(x.arguments, d, false, s); }},

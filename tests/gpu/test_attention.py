@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from socket_trt.config import INT32_MAX, SocketConfig
-from tests.gpu.checks import Errors, check, long_step, on_gpu, run
+from socket_trt.native import STAGES, load_library, native_attention, params_of
+from tests.gpu.checks import Errors, check, long_step, on_gpu, relative, run, slots_in
 from tests.steps import RAGGED, SMALL, Row, Step, random_step
 
 # Long enough that every scoring warp and several selection blocks have work; a mixture of prefill and decode.
@@ -133,6 +134,30 @@ def test_the_best_tokens_lie_together(first: int, count: int, selection: str, pl
     best = torch.arange(first, first + count, device="cuda")
     step.norm_cache[step.page_table[0, best // 128].long(), :, best % 128] *= 20
     check(step)
+
+
+@pytest.mark.parametrize("head_size", [64, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_selection_and_attention_in_one_kernel_and_in_two(dtype: torch.dtype, head_size: int) -> None:
+    """A call for both stages, which may run one kernel, and a call for each: the same lists, and outputs within rounding."""
+    config = config_of(page_size=128, tables=60, planes=8, budget_permille=30)
+    shapes: Any = {"query_heads": 16, "kv_heads": 4, "head_size": head_size, "dtype": dtype, "seed": 8}
+    step = long_step([(40000, 1), (33001, 1)], config, **shapes)
+    whole = run(step)
+    library = load_library()
+    params = params_of(step.query, step.key_cache, step.page_table, step.planes, step.attributes)
+    workspace = torch.full((library.workspace_bytes(params),), 0xA5, dtype=torch.uint8, device="cuda")
+    output = torch.full_like(step.query, float("nan"))
+    for names in (("append", "score", "select"), ("attend", "combine")):
+        native_attention(
+            *step.inputs, step.attributes, in_place=True, output=output, workspace=workspace,
+            stages=sum(STAGES[name] for name in names),
+        )  # fmt: skip
+    torch.cuda.synchronize()
+    for item, heads in slots_in(workspace, library.selection_view(params)).items():
+        for one, other in zip(heads, whole.slots[item], strict=True):
+            assert torch.equal(one, other)
+    assert relative(whole.output, output.double()) < 2 * torch.finfo(dtype).eps
 
 
 def test_several_rows_of_one_sequence() -> None:

@@ -1,0 +1,305 @@
+// Selection and attention in one kernel, where every query head selects for itself and clusters of blocks exist
+// (compute capability 9.0 on): the blocks that found a head's list attend to equal parts of it, without waiting for the
+// other heads' lists, and combine what they found through their shared memory.
+//
+// A row of keys or values is read by 8, 16 or 32 lanes, 16 bytes each.  With one query head for each token there is
+// nothing to share: a lane copies its pieces to a ring of its own in shared memory, from which it alone takes them, and
+// no thread waits for another.
+#include "launchers.h"
+#include "select.cuh"
+
+namespace socket_trt {
+namespace {
+
+using select::kThreads;
+using select::kWarps;
+
+constexpr int kPieces = 2;  // that a lane takes of keys, and of values, in one step
+constexpr int kStages = 3;  // steps in the ring
+constexpr int kStageBytes = kThreads * 2 * kPieces * 16, kRingBytes = kStages * kStageBytes;
+constexpr float kLog2E = 1.4426950408889634f;
+
+// How a warp reads rows of SIZE elements of two bytes.
+template <int SIZE>
+struct Rows {
+    static constexpr int kPiecesEach = SIZE / 8;
+    static constexpr int kLanes = kPiecesEach <= 8 ? 8 : kPiecesEach <= 16 ? 16 : 32;
+    static constexpr int kAtOnce = 32 / kLanes;
+    static constexpr int kStep = kPieces * kAtOnce;  // tokens
+};
+
+// What lanes that share rows have attended to: eight elements of the output each.
+struct Attended {
+    float maximum = -INFINITY, sum = 0.f, output[8] = {};
+
+    // Express all in terms of a maximum that is not below the present one.
+    __device__ __forceinline__ void rescale(float to) {
+        const float factor = maximum == -INFINITY ? 0.f : exp2f(maximum - to);
+        maximum = to;
+        sum *= factor;
+#pragma unroll
+        for (float& x : output) x *= factor;
+    }
+};
+
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t pair);
+template <>
+__device__ __forceinline__ float2 unpack<__half>(uint32_t pair) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+template <>
+__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t pair) {
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+template <typename T>
+__device__ __forceinline__ void unpack(const uint4& piece, float (&x)[8]) {
+    const uint32_t pair[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 two = unpack<T>(pair[i]);
+        x[2 * i] = two.x, x[2 * i + 1] = two.y;
+    }
+}
+
+__device__ __forceinline__ void copy_piece(uint32_t to, const uint4* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ uint4 take_piece(uint32_t from) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(from)
+                 : "memory");
+    return x;
+}
+
+// Copies a warp's rows, from the slots [begin, end) of a list, step by step into its lanes' rings.
+template <int SIZE>
+class Copies {
+    using R = Rows<SIZE>;
+
+  public:
+    __device__ Copies(const Arguments& a, int kv_head, const int32_t* slots, int begin, int end, uint32_t ring)
+        : a_(a), slots_(slots), kv_head_(kv_head), at_(begin), begin_(begin), end_(end), ring_(ring) {
+        // A lane beyond the row's end copies the last piece, and gives it no weight.
+        const int piece = min(static_cast<int>(threadIdx.x) % R::kLanes, R::kPiecesEach - 1);
+        keys_ = static_cast<const uint4*>(a.p.key_cache) + piece;
+        values_ = static_cast<const uint4*>(a.p.value_cache) + piece;
+        next_ = load_slot(begin);
+    }
+
+    // Start to copy the next step to its place in the ring: keys, then values.
+    __device__ __forceinline__ void copy(int stage) {
+        if (at_ < end_) {
+            const int turn = (at_ - begin_) & 31;
+            if (turn == 0) {
+                slot_ = next_;
+                next_ = load_slot(at_ + 32);
+            }
+            const uint32_t to = ring_ + stage * kStageBytes;
+#pragma unroll
+            for (int i = 0; i < kPieces; i++) {
+                const int slot = __shfl_sync(~0u, slot_, turn + i * R::kAtOnce + (threadIdx.x & 31) / R::kLanes);
+                const int64_t page_head = static_cast<int64_t>(slot >> a_.page_shift) * a_.p.kv_heads + kv_head_;
+                const int64_t row = ((page_head << a_.page_shift) + (slot & (a_.p.page_size - 1))) * R::kPiecesEach;
+                copy_piece(to + i * (kThreads * 16), keys_ + row);
+                copy_piece(to + (kPieces + i) * (kThreads * 16), values_ + row);
+            }
+            at_ += R::kStep;
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+
+  private:
+    // Slots come from other blocks of the cluster, past this multiprocessor's cache.  Behind the last one it is taken
+    // again, so that no copy depends on a condition.
+    __device__ __forceinline__ int load_slot(int at) const {
+        return begin_ < end_ ? __ldcg(slots_ + min(at + static_cast<int>(threadIdx.x & 31), end_ - 1)) : 0;
+    }
+
+    const Arguments& a_;
+    const uint4 *keys_, *values_;
+    const int32_t* slots_;
+    int kv_head_, at_, begin_, end_, slot_ = 0, next_;
+    uint32_t ring_;
+};
+
+// One warp's attention to the slots [begin, end) of the list.
+template <typename T, int SIZE>
+__device__ Attended attend(const Arguments& a, const Item& item, int head, const int32_t* slots, int begin, int end,
+                           char* shared) {
+    using R = Rows<SIZE>;
+    const int lane = threadIdx.x & 31, piece = lane % R::kLanes, group = lane / R::kLanes;
+    const uint32_t ring = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + threadIdx.x * 16;
+    Copies<SIZE> copies(a, head / a.group, slots, begin, end, ring);
+#pragma unroll
+    for (int stage = 0; stage < kStages; stage++) copies.copy(stage);
+
+    float query[8] = {};
+    if (piece < R::kPiecesEach) {
+        const int64_t row = static_cast<int64_t>(head) * a.p.tokens + item.token;
+        unpack<T>(__ldg(static_cast<const uint4*>(a.p.query) + row * R::kPiecesEach + piece), query);
+    }
+    const float scale = a.p.softcap > 0.f ? a.p.scale : a.p.scale * kLog2E;
+#pragma unroll
+    for (float& x : query) x *= scale;
+
+    Attended own;
+    int stage = 0;
+    for (int at = begin; at < end; at += R::kStep) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
+        const uint32_t from = ring + stage * kStageBytes;
+        float score[kPieces], maximum = own.maximum;
+#pragma unroll
+        for (int i = 0; i < kPieces; i++) {
+            float x[8], sum = 0.f;
+            unpack<T>(take_piece(from + i * (kThreads * 16)), x);
+#pragma unroll
+            for (int d = 0; d < 8; d++) sum = fmaf(query[d], x[d], sum);
+#pragma unroll
+            for (int step = 1; step < R::kLanes; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+            if (a.p.softcap > 0.f) sum = a.p.softcap * tanhf(sum / a.p.softcap) * kLog2E;
+            score[i] = at + i * R::kAtOnce + group < end ? sum : -INFINITY;
+            maximum = fmaxf(maximum, score[i]);
+        }
+        if (maximum != -INFINITY) {  // else these lanes have had no token yet
+            own.rescale(maximum);
+#pragma unroll
+            for (int i = 0; i < kPieces; i++) {
+                float x[8];
+                unpack<T>(take_piece(from + (kPieces + i) * (kThreads * 16)), x);
+                const float weight = exp2f(score[i] - maximum);
+                own.sum += weight;
+#pragma unroll
+                for (int d = 0; d < 8; d++) own.output[d] = fmaf(weight, x[d], own.output[d]);
+            }
+        }
+        __syncwarp();
+        copies.copy(stage);
+        stage = stage + 1 == kStages ? 0 : stage + 1;
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    // The lanes of the other rows.
+#pragma unroll
+    for (int step = R::kLanes; step < 32; step *= 2) {
+        own.rescale(fmaxf(own.maximum, __shfl_xor_sync(~0u, own.maximum, step)));
+        own.sum += __shfl_xor_sync(~0u, own.sum, step);
+#pragma unroll
+        for (float& x : own.output) x += __shfl_xor_sync(~0u, x, step);
+    }
+    return own;
+}
+
+// Partial results in shared memory, one of each warp or of each block.
+template <int SIZE, int COUNT>
+struct Partial {
+    float maximum[COUNT], sum[COUNT], output[COUNT][SIZE];
+
+    // The weighted sum of the first `count` ones' element d.
+    __device__ __forceinline__ float3 combine(int count, int d) const {
+        float most = -INFINITY, total = 0.f, result = 0.f;
+        for (int i = 0; i < count; i++) most = fmaxf(most, maximum[i]);
+        for (int i = 0; i < count; i++) {
+            const float factor = maximum[i] == -INFINITY ? 0.f : exp2f(maximum[i] - most);
+            total = fmaf(factor, sum[i], total);
+            result = fmaf(factor, output[i][d], result);
+        }
+        return make_float3(most, total, result);
+    }
+};
+
+constexpr int kBlockResultBytes = select::kMaxBlocks * (256 + 2) * 4;
+
+template <typename T, int SIZE>
+__global__ __launch_bounds__(kThreads, 2) void select_attend_kernel(const __grid_constant__ Arguments a) {
+    using R = Rows<SIZE>;
+    extern __shared__ __align__(16) char dynamic[];
+    select::Shared& shared = *reinterpret_cast<select::Shared*>(dynamic);
+    select::clear_histogram(shared);
+    wait_for_previous_kernel();
+    const int blocks = gridDim.x, block = blockIdx.x, head = blockIdx.y;
+    const Item item = a.item[blockIdx.z];
+    if (item.mode != kItemSparse) return;
+    const int64_t index = static_cast<int64_t>(blockIdx.z) * a.select_heads + head;
+    const int listed = select::select_slots(a, item, index, shared);
+    if (block == 0 && threadIdx.x == 0) a.listed[index] = listed;
+    // The list is whole, and nobody reads histograms any more.
+    __syncthreads();
+    select::arrive_at_cluster();
+    select::wait_for_cluster();
+
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, d = threadIdx.x;
+    const int parts = blocks * kWarps, share = ((listed + parts - 1) / parts + R::kStep - 1) / R::kStep * R::kStep;
+    const int begin = min(listed, (block * kWarps + warp) * share), end = min(listed, begin + share);
+    const Attended own = attend<T, SIZE>(a, item, head, a.slot + index * a.list_stride, begin, end, dynamic);
+
+    // The warps' results lie where the rings were, the blocks' in the first block and behind its rings, which may still
+    // turn.
+    Partial<SIZE, kWarps>& of_warps = *reinterpret_cast<Partial<SIZE, kWarps>*>(dynamic);
+    Partial<SIZE, select::kMaxBlocks>& of_blocks =
+        *reinterpret_cast<Partial<SIZE, select::kMaxBlocks>*>(dynamic + kRingBytes);
+    static_assert(sizeof(of_warps) <= kRingBytes && sizeof(of_blocks) <= kBlockResultBytes && SIZE <= kThreads, "room");
+    __syncthreads();
+    if (lane < R::kPiecesEach) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) of_warps.output[warp][lane * 8 + i] = own.output[i];
+    }
+    if (lane == 0) of_warps.maximum[warp] = own.maximum, of_warps.sum[warp] = own.sum;
+    __syncthreads();
+    if (d < SIZE) {
+        const float3 mine = of_warps.combine(kWarps, d);
+        const auto tell = [&](float* to, float x) {
+            select::store_to_block(reinterpret_cast<uint32_t*>(to), 0, __float_as_uint(x));
+        };
+        tell(&of_blocks.output[block][d], mine.z);
+        if (d == 0) tell(&of_blocks.maximum[block], mine.x), tell(&of_blocks.sum[block], mine.y);
+    }
+    __syncthreads();
+    select::arrive_at_cluster();
+    if (block != 0) return;
+    select::wait_for_cluster();
+    if (d < SIZE) {
+        const float3 all = of_blocks.combine(blocks, d);
+        static_cast<T*>(a.p.output)[(static_cast<int64_t>(head) * a.p.tokens + item.token) * SIZE + d] =
+            from_float<T>(all.y > 0.f ? all.z / all.y : 0.f);
+    }
+}
+
+template <typename T>
+auto kernel_for(int head_size) -> void (*)(Arguments) {
+    switch (head_size) {
+        case 64:
+            return select_attend_kernel<T, 64>;
+        case 96:
+            return select_attend_kernel<T, 96>;
+        case 128:
+            return select_attend_kernel<T, 128>;
+        default:
+            return select_attend_kernel<T, 256>;
+    }
+}
+
+}  // namespace
+
+// Long lists take time for which it pays to divide them anew, evenly over the whole GPU; so do those of few blocks.
+bool plan_select_attend(const Arguments& a, const Device& device) {
+    constexpr int kLongList = 2560, kLongForFew = 512;  // slots of a block
+    const int64_t blocks = static_cast<int64_t>(a.items) * a.select_heads * a.select_blocks;
+    const int most = 4 * blocks >= 3 * device.multiprocessors ? kLongList : kLongForFew;
+    return device.architecture >= 90 && a.combined && select::shared_bytes(a) >= kRingBytes + kBlockResultBytes &&
+           a.list_stride <= most * a.select_blocks;
+}
+
+cudaError_t launch_select_attend(const Arguments& a, cudaStream_t stream) {
+    const auto kernel =
+        a.p.dtype == SOCKET_TRT_FLOAT16 ? kernel_for<__half>(a.p.head_size) : kernel_for<__nv_bfloat16>(a.p.head_size);
+    const size_t bytes = select::shared_bytes(a);
+    const cudaError_t status = set_up(kernel, bytes);
+    if (status != cudaSuccess) return status;
+    Launch launch(dim3(a.select_blocks, a.select_heads, a.items), dim3(kThreads), bytes, stream);
+    if (a.select_blocks > 1) launch.cluster(a.select_blocks);
+    return launch.overlapped(a.overlapped)(kernel, a);
+}
+
+}  // namespace socket_trt
