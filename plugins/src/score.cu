@@ -49,25 +49,9 @@ struct Places {
     __host__ __device__ uint32_t end() const { return sides() + sizeof(Sides<CODE_BYTES, COLUMNS>); }
 };
 
-__device__ __forceinline__ void copy_16_bytes(uint32_t to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
-}
-__device__ __forceinline__ void commit_copies() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-__device__ __forceinline__ void wait_for_oldest_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
-}
 __device__ __forceinline__ uint32_t load_word(uint32_t address) {
     uint32_t x;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address));
-    return x;
-}
-__device__ __forceinline__ uint4 load_piece(uint32_t address) {
-    uint4 x;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "r"(address));
     return x;
 }
 
@@ -249,8 +233,7 @@ struct Norms {
         }
     }
     __device__ __forceinline__ float2 get(int i, bool half) const {
-        if (half) return __half22float2(*reinterpret_cast<const __half2*>(&pair[i]));
-        return make_float2(__uint_as_float(pair[i] << 16), __uint_as_float(pair[i] & 0xffff0000u));
+        return half ? unpack<__half>(pair[i]) : unpack<__nv_bfloat16>(pair[i]);
     }
 };
 
@@ -274,15 +257,22 @@ __global__ __launch_bounds__(kMaxWarps * 32, 1) void score_kernel(const __grid_c
     // What is done before the wait looks at nothing that the append kernel writes: its items are found anew, and codes
     // are copied that this step's tokens are not among.
     const Share share = find_share(a, gridDim.y, blockIdx.y);
-    if (share.item < 0) return;
-    const Item item = read_item(a, share.item);
+    const Item item = share.item < 0 ? Item{} : read_item(a, share.item);
     const Candidates candidates(a, item.length);
-    if (candidates.count() <= attended_budget(a, item.length)) return;  // all of them are attended
     const int begin = candidates.begin();
-    const int units = (candidates.last - begin + L::kUnit - 1) / L::kUnit,
-              each = (units + share.parts - 1) / share.parts;
-    const int first_unit = share.part * each, last_unit = min(units, first_unit + each);
-    if (first_unit >= last_unit) return;
+    int first_unit = 0, last_unit = 0;
+    if (candidates.count() > attended_budget(a, item.length)) {  // else all of them are attended
+        const int units = (candidates.last - begin + L::kUnit - 1) / L::kUnit;
+        const int each = (units + share.parts - 1) / share.parts;
+        first_unit = share.part * each, last_unit = min(units, first_unit + each);
+    }
+    if (first_unit >= last_unit) {
+        wait_for_previous_kernel();  // who waits for this kernel's end relies on that of append, too
+        return;
+    }
+    // Blocks that select may begin where others have scored.  Several items' come to lie so unevenly that it costs more
+    // than it saves.
+    if (a.items == 1) start_next_kernel();
 
     // Where things lie.
     const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -345,7 +335,7 @@ __global__ __launch_bounds__(kMaxWarps * 32, 1) void score_kernel(const __grid_c
                 }
             }
             for (int first = 0; first < tables; first += kGroup) {
-                wait_for_oldest_copies();
+                wait_for_copies<kStages - 1>();
                 __syncwarp();
                 look_up<CODE_BYTES, COLUMNS>(sum, own_stage[0], table + first * 4 + t * 32, right);
                 __syncwarp();

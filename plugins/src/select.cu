@@ -1,7 +1,6 @@
 // The kernel that lists what each selecting head of the sparse items attends to, and how selection is laid out.
 #include <cmath>
 
-#include "launchers.h"
 #include "select.cuh"
 
 namespace socket_trt {
@@ -9,14 +8,8 @@ namespace {
 
 __global__ __launch_bounds__(select::kThreads, 2) void select_kernel(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(16) char dynamic[];
-    select::Shared& shared = *reinterpret_cast<select::Shared*>(dynamic);
-    select::clear_histogram(shared);
-    wait_for_previous_kernel();
-    const Item item = a.item[blockIdx.z];
-    if (item.mode != kItemSparse) return;
-    const int64_t index = static_cast<int64_t>(blockIdx.z) * a.select_heads + blockIdx.y;
-    const int listed = select::select_slots(a, item, index, shared);
-    if (blockIdx.x == 0 && threadIdx.x == 0) a.listed[index] = listed;
+    select::Selected head;
+    select::select_head(a, *reinterpret_cast<select::Shared*>(dynamic), head);
 }
 
 }  // namespace
@@ -41,12 +34,7 @@ int plan_select(const Arguments& a, const Device& device) {
 }
 
 cudaError_t launch_select(const Arguments& a, cudaStream_t stream) {
-    const size_t bytes = select::shared_bytes(a);
-    const cudaError_t status = set_up(select_kernel, bytes);
-    if (status != cudaSuccess) return status;
-    Launch launch(dim3(a.select_blocks, a.select_heads, a.items), dim3(select::kThreads), bytes, stream);
-    if (a.select_blocks > 1) launch.cluster(a.select_blocks);
-    return launch.overlapped(a.overlapped)(select_kernel, a);
+    return select::launch(select_kernel, a, stream);
 }
 
 }  // namespace socket_trt

@@ -12,6 +12,7 @@
 #define SOCKET_TRT_SELECT_CUH_
 
 #include "device.cuh"
+#include "launchers.h"
 
 namespace socket_trt {
 namespace select {
@@ -317,13 +318,6 @@ __device__ inline uint32_t sample_bound(const uint16_t* samples, int first, int 
     return bound;
 }
 
-// What every block does before it waits for the scores.
-__device__ __forceinline__ void clear_histogram(Shared& shared) {
-    for (int i = threadIdx.x; i < kBins / 4; i += kThreads) {
-        reinterpret_cast<uint4*>(shared.count)[i] = make_uint4(0, 0, 0, 0);
-    }
-}
-
 // List the slots of head `index` of all items' selecting heads, this block its part of them, and return their number.
 // All blocks of the cluster must call it, and none looks at another's shared memory after it.
 __device__ inline int select_slots(const Arguments& a, const Item& item, int64_t index, Shared& shared) {
@@ -420,9 +414,40 @@ __device__ inline int select_slots(const Arguments& a, const Item& item, int64_t
     return listed;
 }
 
+// What a block, with its cluster, has selected.
+struct Selected {
+    Item item;
+    int64_t index;  // of the head among all items' selecting heads
+    int listed;     // slots
+};
+
+// A kernel's beginning: select for the head that this block's place in the grid names.  False: its item is not sparse.
+__device__ inline bool select_head(const Arguments& a, Shared& shared, Selected& head) {
+    for (int i = threadIdx.x; i < kBins / 4; i += kThreads) {
+        reinterpret_cast<uint4*>(shared.count)[i] = make_uint4(0, 0, 0, 0);
+    }
+    wait_for_previous_kernel();
+    head.item = a.item[blockIdx.z];
+    if (head.item.mode != kItemSparse) return false;
+    head.index = static_cast<int64_t>(blockIdx.z) * a.select_heads + blockIdx.y;
+    head.listed = select_slots(a, head.item, head.index, shared);
+    if (blockIdx.x == 0 && threadIdx.x == 0) a.listed[head.index] = head.listed;
+    return true;
+}
+
 // Bytes of shared memory that a block needs.
 inline size_t shared_bytes(const Arguments& a) {
     return sizeof(Shared) + a.select_capacity * sizeof(uint32_t);
+}
+
+// Launch a kernel that begins with select_head: a cluster for each head of each item.
+inline cudaError_t launch(void (*kernel)(Arguments), const Arguments& a, cudaStream_t stream) {
+    const size_t bytes = shared_bytes(a);
+    const cudaError_t status = set_up(kernel, bytes);
+    if (status != cudaSuccess) return status;
+    Launch launch(dim3(a.select_blocks, a.select_heads, a.items), dim3(kThreads), bytes, stream);
+    if (a.select_blocks > 1) launch.cluster(a.select_blocks);
+    return launch.overlapped(a.overlapped)(kernel, a);
 }
 
 }  // namespace select

@@ -5,7 +5,6 @@
 // A row of keys or values is read by 8, 16 or 32 lanes, 16 bytes each.  With one query head for each token there is
 // nothing to share: a lane copies its pieces to a ring of its own in shared memory, from which it alone takes them, and
 // no thread waits for another.
-#include "launchers.h"
 #include "select.cuh"
 
 namespace socket_trt {
@@ -43,35 +42,13 @@ struct Attended {
 };
 
 template <typename T>
-__device__ __forceinline__ float2 unpack(uint32_t pair);
-template <>
-__device__ __forceinline__ float2 unpack<__half>(uint32_t pair) {
-    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-}
-template <>
-__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t pair) {
-    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
-}
-template <typename T>
-__device__ __forceinline__ void unpack(const uint4& piece, float (&x)[8]) {
+__device__ __forceinline__ void unpack_piece(const uint4& piece, float (&x)[8]) {
     const uint32_t pair[4] = {piece.x, piece.y, piece.z, piece.w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const float2 two = unpack<T>(pair[i]);
         x[2 * i] = two.x, x[2 * i + 1] = two.y;
     }
-}
-
-__device__ __forceinline__ void copy_piece(uint32_t to, const uint4* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-__device__ __forceinline__ uint4 take_piece(uint32_t from) {
-    uint4 x;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "r"(from)
-                 : "memory");
-    return x;
 }
 
 // Copies a warp's rows, from the slots [begin, end) of a list, step by step into its lanes' rings.
@@ -103,12 +80,12 @@ class Copies {
                 const int slot = __shfl_sync(~0u, slot_, turn + i * R::kAtOnce + (threadIdx.x & 31) / R::kLanes);
                 const int64_t page_head = static_cast<int64_t>(slot >> a_.page_shift) * a_.p.kv_heads + kv_head_;
                 const int64_t row = ((page_head << a_.page_shift) + (slot & (a_.p.page_size - 1))) * R::kPiecesEach;
-                copy_piece(to + i * (kThreads * 16), keys_ + row);
-                copy_piece(to + (kPieces + i) * (kThreads * 16), values_ + row);
+                copy_16_bytes(to + i * (kThreads * 16), keys_ + row);
+                copy_16_bytes(to + (kPieces + i) * (kThreads * 16), values_ + row);
             }
             at_ += R::kStep;
         }
-        asm volatile("cp.async.commit_group;" ::: "memory");
+        commit_copies();
     }
 
   private:
@@ -125,21 +102,20 @@ class Copies {
     uint32_t ring_;
 };
 
-// One warp's attention to the slots [begin, end) of the list.
+// One warp's attention to the slots [begin, end) of the list of the query in row `query_row`.
 template <typename T, int SIZE>
-__device__ Attended attend(const Arguments& a, const Item& item, int head, const int32_t* slots, int begin, int end,
+__device__ Attended attend(const Arguments& a, int64_t query_row, int kv_head, const int32_t* slots, int begin, int end,
                            char* shared) {
     using R = Rows<SIZE>;
     const int lane = threadIdx.x & 31, piece = lane % R::kLanes, group = lane / R::kLanes;
     const uint32_t ring = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + threadIdx.x * 16;
-    Copies<SIZE> copies(a, head / a.group, slots, begin, end, ring);
+    Copies<SIZE> copies(a, kv_head, slots, begin, end, ring);
 #pragma unroll
     for (int stage = 0; stage < kStages; stage++) copies.copy(stage);
 
     float query[8] = {};
     if (piece < R::kPiecesEach) {
-        const int64_t row = static_cast<int64_t>(head) * a.p.tokens + item.token;
-        unpack<T>(__ldg(static_cast<const uint4*>(a.p.query) + row * R::kPiecesEach + piece), query);
+        unpack_piece<T>(__ldg(static_cast<const uint4*>(a.p.query) + query_row * R::kPiecesEach + piece), query);
     }
     const float scale = a.p.softcap > 0.f ? a.p.scale : a.p.scale * kLog2E;
 #pragma unroll
@@ -148,13 +124,13 @@ __device__ Attended attend(const Arguments& a, const Item& item, int head, const
     Attended own;
     int stage = 0;
     for (int at = begin; at < end; at += R::kStep) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
+        wait_for_copies<kStages - 1>();
         const uint32_t from = ring + stage * kStageBytes;
         float score[kPieces], maximum = own.maximum;
 #pragma unroll
         for (int i = 0; i < kPieces; i++) {
             float x[8], sum = 0.f;
-            unpack<T>(take_piece(from + i * (kThreads * 16)), x);
+            unpack_piece<T>(load_piece(from + i * (kThreads * 16)), x);
 #pragma unroll
             for (int d = 0; d < 8; d++) sum = fmaf(query[d], x[d], sum);
 #pragma unroll
@@ -168,18 +144,17 @@ __device__ Attended attend(const Arguments& a, const Item& item, int head, const
 #pragma unroll
             for (int i = 0; i < kPieces; i++) {
                 float x[8];
-                unpack<T>(take_piece(from + (kPieces + i) * (kThreads * 16)), x);
+                unpack_piece<T>(load_piece(from + (kPieces + i) * (kThreads * 16)), x);
                 const float weight = exp2f(score[i] - maximum);
                 own.sum += weight;
 #pragma unroll
                 for (int d = 0; d < 8; d++) own.output[d] = fmaf(weight, x[d], own.output[d]);
             }
         }
-        __syncwarp();
         copies.copy(stage);
         stage = stage + 1 == kStages ? 0 : stage + 1;
     }
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    wait_for_copies<0>();
     // The lanes of the other rows.
 #pragma unroll
     for (int step = R::kLanes; step < 32; step *= 2) {
@@ -209,37 +184,33 @@ struct Partial {
     }
 };
 
-constexpr int kBlockResultBytes = select::kMaxBlocks * (256 + 2) * 4;
+constexpr size_t kMostResultBytes = sizeof(Partial<256, select::kMaxBlocks>);  // of blocks
 
 template <typename T, int SIZE>
 __global__ __launch_bounds__(kThreads, 2) void select_attend_kernel(const __grid_constant__ Arguments a) {
     using R = Rows<SIZE>;
     extern __shared__ __align__(16) char dynamic[];
-    select::Shared& shared = *reinterpret_cast<select::Shared*>(dynamic);
-    select::clear_histogram(shared);
-    wait_for_previous_kernel();
-    const int blocks = gridDim.x, block = blockIdx.x, head = blockIdx.y;
-    const Item item = a.item[blockIdx.z];
-    if (item.mode != kItemSparse) return;
-    const int64_t index = static_cast<int64_t>(blockIdx.z) * a.select_heads + head;
-    const int listed = select::select_slots(a, item, index, shared);
-    if (block == 0 && threadIdx.x == 0) a.listed[index] = listed;
+    select::Selected head;
+    if (!select::select_head(a, *reinterpret_cast<select::Shared*>(dynamic), head)) return;
     // The list is whole, and nobody reads histograms any more.
     __syncthreads();
     select::arrive_at_cluster();
     select::wait_for_cluster();
 
+    const int blocks = gridDim.x, block = blockIdx.x;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, d = threadIdx.x;
-    const int parts = blocks * kWarps, share = ((listed + parts - 1) / parts + R::kStep - 1) / R::kStep * R::kStep;
-    const int begin = min(listed, (block * kWarps + warp) * share), end = min(listed, begin + share);
-    const Attended own = attend<T, SIZE>(a, item, head, a.slot + index * a.list_stride, begin, end, dynamic);
+    const int parts = blocks * kWarps, share = ((head.listed + parts - 1) / parts + R::kStep - 1) / R::kStep * R::kStep;
+    const int begin = min(head.listed, (block * kWarps + warp) * share), end = min(head.listed, begin + share);
+    const int64_t query = static_cast<int64_t>(blockIdx.y) * a.p.tokens + head.item.token;  // its row, and the output's
+    const Attended own =
+        attend<T, SIZE>(a, query, blockIdx.y / a.group, a.slot + head.index * a.list_stride, begin, end, dynamic);
 
     // The warps' results lie where the rings were, the blocks' in the first block and behind its rings, which may still
     // turn.
     Partial<SIZE, kWarps>& of_warps = *reinterpret_cast<Partial<SIZE, kWarps>*>(dynamic);
     Partial<SIZE, select::kMaxBlocks>& of_blocks =
         *reinterpret_cast<Partial<SIZE, select::kMaxBlocks>*>(dynamic + kRingBytes);
-    static_assert(sizeof(of_warps) <= kRingBytes && sizeof(of_blocks) <= kBlockResultBytes && SIZE <= kThreads, "room");
+    static_assert(sizeof(of_warps) <= kRingBytes && sizeof(of_blocks) <= kMostResultBytes && SIZE <= kThreads, "room");
     __syncthreads();
     if (lane < R::kPiecesEach) {
 #pragma unroll
@@ -261,8 +232,7 @@ __global__ __launch_bounds__(kThreads, 2) void select_attend_kernel(const __grid
     select::wait_for_cluster();
     if (d < SIZE) {
         const float3 all = of_blocks.combine(blocks, d);
-        static_cast<T*>(a.p.output)[(static_cast<int64_t>(head) * a.p.tokens + item.token) * SIZE + d] =
-            from_float<T>(all.y > 0.f ? all.z / all.y : 0.f);
+        static_cast<T*>(a.p.output)[query * SIZE + d] = from_float<T>(all.y > 0.f ? all.z / all.y : 0.f);
     }
 }
 
@@ -287,19 +257,14 @@ bool plan_select_attend(const Arguments& a, const Device& device) {
     constexpr int kLongList = 2560, kLongForFew = 512;  // slots of a block
     const int64_t blocks = static_cast<int64_t>(a.items) * a.select_heads * a.select_blocks;
     const int most = 4 * blocks >= 3 * device.multiprocessors ? kLongList : kLongForFew;
-    return device.architecture >= 90 && a.combined && select::shared_bytes(a) >= kRingBytes + kBlockResultBytes &&
+    return device.architecture >= 90 && a.combined && select::shared_bytes(a) >= kRingBytes + kMostResultBytes &&
            a.list_stride <= most * a.select_blocks;
 }
 
 cudaError_t launch_select_attend(const Arguments& a, cudaStream_t stream) {
     const auto kernel =
         a.p.dtype == SOCKET_TRT_FLOAT16 ? kernel_for<__half>(a.p.head_size) : kernel_for<__nv_bfloat16>(a.p.head_size);
-    const size_t bytes = select::shared_bytes(a);
-    const cudaError_t status = set_up(kernel, bytes);
-    if (status != cudaSuccess) return status;
-    Launch launch(dim3(a.select_blocks, a.select_heads, a.items), dim3(kThreads), bytes, stream);
-    if (a.select_blocks > 1) launch.cluster(a.select_blocks);
-    return launch.overlapped(a.overlapped)(kernel, a);
+    return select::launch(kernel, a, stream);
 }
 
 }  // namespace socket_trt

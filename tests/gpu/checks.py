@@ -107,13 +107,16 @@ class Call:
     items_are_tokens: bool
 
 
-def run(step: Step, in_place: bool = False) -> Call:
-    """Run with a poisoned output and workspace."""
+def run(step: Step, in_place: bool = False, calls: tuple[int, ...] = (0,)) -> Call:
+    """Run with a poisoned output and workspace; in several calls, each of some stages, where `calls` says so."""
     library = load_library()
     params = params_of(step.query, step.key_cache, step.page_table, step.planes, step.attributes)
     workspace = torch.full((library.workspace_bytes(params),), 0xA5, dtype=torch.uint8, device="cuda")
     output = torch.full_like(step.query, float("nan"))
-    results = native_attention(*step.inputs, step.attributes, in_place=in_place, output=output, workspace=workspace)
+    for stages in calls:
+        results = native_attention(
+            *step.inputs, step.attributes, in_place=in_place, output=output, workspace=workspace, stages=stages
+        )
     torch.cuda.synchronize()
     slots = slots_in(workspace, library.selection_view(params))
     return Call(output, results[1:], slots, step.query.shape[2] <= step.page_table.shape[0])

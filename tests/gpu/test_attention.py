@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from socket_trt.config import INT32_MAX, SocketConfig
-from socket_trt.native import STAGES, load_library, native_attention, params_of
-from tests.gpu.checks import Errors, check, long_step, on_gpu, relative, run, slots_in
+from socket_trt.native import STAGES, native_attention
+from tests.gpu.checks import Errors, check, long_step, on_gpu, relative, run
 from tests.steps import RAGGED, SMALL, Row, Step, random_step
 
 # Long enough that every scoring warp and several selection blocks have work; a mixture of prefill and decode.
@@ -144,20 +144,12 @@ def test_selection_and_attention_in_one_kernel_and_in_two(dtype: torch.dtype, he
     shapes: Any = {"query_heads": 16, "kv_heads": 4, "head_size": head_size, "dtype": dtype, "seed": 8}
     step = long_step([(40000, 1), (33001, 1)], config, **shapes)
     whole = run(step)
-    library = load_library()
-    params = params_of(step.query, step.key_cache, step.page_table, step.planes, step.attributes)
-    workspace = torch.full((library.workspace_bytes(params),), 0xA5, dtype=torch.uint8, device="cuda")
-    output = torch.full_like(step.query, float("nan"))
-    for names in (("append", "score", "select"), ("attend", "combine")):
-        native_attention(
-            *step.inputs, step.attributes, in_place=True, output=output, workspace=workspace,
-            stages=sum(STAGES[name] for name in names),
-        )  # fmt: skip
-    torch.cuda.synchronize()
-    for item, heads in slots_in(workspace, library.selection_view(params)).items():
+    first = STAGES["append"] | STAGES["score"] | STAGES["select"]
+    apart = run(step, in_place=True, calls=(first, STAGES["attend"] | STAGES["combine"]))
+    for item, heads in apart.slots.items():
         for one, other in zip(heads, whole.slots[item], strict=True):
             assert torch.equal(one, other)
-    assert relative(whole.output, output.double()) < 2 * torch.finfo(dtype).eps
+    assert relative(whole.output, apart.output.double()) < 2 * torch.finfo(dtype).eps
 
 
 def test_several_rows_of_one_sequence() -> None:
@@ -185,7 +177,7 @@ def test_in_place_equals_functional() -> None:
 @pytest.mark.parametrize("rows", [DECODE, MIXED], ids=["decode", "mixed"])
 def test_graph_replay_equals_eager(rows: list[Row]) -> None:
     """A captured call, replayed after its inputs have changed, computes what an eager call computes."""
-    from socket_trt.native import load_library, native_attention
+    from socket_trt.native import load_library
 
     case = {"rows": rows, "dtype": torch.float16, "query_heads": 8, "kv_heads": 2, "head_size": 128, "tables": 60}
     step, other = step_of(case, seed=1), step_of(case, seed=2)
