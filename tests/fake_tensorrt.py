@@ -259,10 +259,14 @@ class Engine:
         model.functions.append(function_body(model.opset_import[0].version))
         self.inputs = {i.name: i.type.tensor_type for i in model.graph.input}
         self.outputs = [output.name for output in model.graph.output]
+        self.num_io_tensors = len(self.inputs) + len(self.outputs)
         self.session = onnxruntime.InferenceSession(
             model.SerializeToString(), session_options(), providers=["CPUExecutionProvider"]
         )
         setattr(self, "device_memory_size" if trt.__version__.startswith("8.") else "device_memory_size_v2", 1 << 20)
+
+    def get_tensor_name(self, index: int) -> str:
+        return [*self.inputs, *self.outputs][index]
 
     def create_execution_context_without_device_memory(self) -> Context:
         assert self.trt.__version__.startswith("8.")

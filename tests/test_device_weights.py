@@ -118,6 +118,21 @@ def test_weights_in_one_place_of_a_file_share_their_bytes(machine: FakeMachine) 
     assert weight_bytes(tied) == weight_bytes(manifest) - 2 * 260 * 128
 
 
+def test_weights_that_a_plan_reads_as_one_lie_side_by_side(machine: FakeMachine) -> None:
+    machine.install()
+    manifest = EngineDirectory.open(tiny_engine(**OPTIONS)).manifest
+    parts = tuple(f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkv")
+    Device()
+    weights = DeviceWeights(manifest, [parts])
+    expected = weights.addresses[parts[0]]
+    for name in parts:
+        assert weights.addresses[name] == expected
+        expected += 2 * math.prod(manifest.weights.tensors[name].shape)
+    assert weights.size <= weight_bytes(manifest)
+    others = {address for name, address in weights.addresses.items() if name not in parts[1:]}
+    assert len({address % 256 for address in others}) == 1
+
+
 def test_a_weight_beyond_float16_is_one_clear_error(machine: FakeMachine, tmp_path: Path) -> None:
     trt = machine.install()
     engine = engine_with(tmp_path, torch.bfloat16, change=1e6)

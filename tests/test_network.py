@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ from socket_trt.engine.build import BuildOptions, build_engine
 from socket_trt.engine.compile import load_network
 from socket_trt.engine.manifest import EngineDirectory
 from socket_trt.models.checkpoint import resolve_model
+from socket_trt.onnx import joined
 from socket_trt.onnx.function import function_body
+from socket_trt.onnx.joined import parts_of
 from socket_trt.onnx.network import NetworkGraph, network_graph
 from socket_trt.progress import Silent
 from socket_trt.runtime.device_weights import convert
@@ -53,11 +56,13 @@ def run(engine: EngineDirectory, graph: NetworkGraph, step: StepBatch, num_pages
             feeds[names.past(layer, kind)] = np.zeros(shapes[kind], np.int32 if kind == "code" else np.float16)
     declared = {i.name: i.shape for i in session.get_inputs()}
     for name in graph.weights:
-        location = engine.manifest.weights.tensors[name]
-        source = map_tensor(engine.weights_directory, location)
-        target = np.empty(source.size, np.uint16)
-        convert(source.reshape(-1), location.dtype, "float16", target)
-        feeds[name] = target.view(np.float16).reshape(declared[name])
+        parts = []
+        for part in parts_of(name):
+            location = engine.manifest.weights.tensors[part]
+            source = map_tensor(engine.weights_directory, location)
+            parts.append(np.empty(source.size, np.uint16))
+            convert(source.reshape(-1), location.dtype, "float16", parts[-1])
+        feeds[name] = np.concatenate(parts).view(np.float16).reshape(declared[name])
     return session.run([names.LOGITS], feeds)[0]
 
 
@@ -71,7 +76,7 @@ def test_the_network_computes_what_the_graph_computes(
     engine = family_engine(family, tmp_path, stored)
     graph = load_network(engine, 8 if opset17 else 10)
     assert graph.model.graph.opset_imports[""] == (17 if opset17 else 18)
-    assert set(graph.weights) == set(engine.manifest.weights.tensors)
+    assert {part for name in graph.weights for part in parts_of(name)} == set(engine.manifest.weights.tensors)
     assert not any(isinstance(v.const_value, ir.ExternalTensor) for v in graph.model.graph.initializers.values())
     products = [node for node in graph.model.graph if node.op_type == "MatMul"]
     assert {product.inputs[1].name for product in products} == set(graph.transposed)
@@ -86,14 +91,84 @@ def test_every_projection_is_a_transposed_weight_with_a_leading_one() -> None:
     graph = load_network(engine, 10)
     producers = {value.name: node for node in graph.model.graph for value in node.outputs}
     products = [node for node in graph.model.graph if node.op_type == "MatMul"]
-    assert len(graph.transposed) == len(products) == 2 * 7 + 1
+    assert len(graph.transposed) == len(products) == 2 * 4 + 1  # qkv, o, gate and up, down
     for product in products:
         transpose = producers[product.inputs[1].name]
         assert transpose.outputs[0].name in graph.transposed
         assert list(transpose.attributes["perm"].as_ints()) == [0, 2, 1]
         weight = transpose.inputs[0]
         assert weight.name in graph.weights
-        assert list(weight.shape) == [1, *engine.manifest.weights.tensors[weight.name].shape]
+        shapes = [engine.manifest.weights.tensors[part].shape for part in parts_of(weight.name)]
+        assert list(weight.shape) == [1, sum(rows for rows, _ in shapes), shapes[0][1]]
+
+
+def test_products_of_the_same_activations_are_joined_where_a_weight_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output projection and the one down have activations of their own; the head's weight is the embedding's."""
+    engine = EngineDirectory.open(tiny_engine("float16"))
+
+    def joint() -> set[tuple[str, ...]]:
+        names_of = [parts_of(name) for name in load_network(engine, 8).weights]
+        return {tuple(part.split(".")[-2] for part in parts) for parts in names_of if len(parts) > 1}
+
+    assert joint() == {("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")}
+    attention = engine.manifest.weights.tensors["model.layers.0.self_attn.k_proj.weight"]
+    monkeypatch.setattr(joined, "SMALL_BYTES", 2 * math.prod(attention.shape) + 1)
+    assert joint() == {("q_proj", "k_proj", "v_proj")}
+    monkeypatch.setattr(joined, "SMALL_BYTES", 2 * math.prod(attention.shape))
+    assert joint() == set()
+
+
+def small_products(places: list[int], transposed_twice: bool = False) -> ir.Model:
+    """Y = x W^T for several W, each at one of `places` of a file."""
+    nodes, outputs, weights = [], [], []
+    for i, place in enumerate(places):
+        name = f"w{i}"
+        nodes.append(helper.make_node("Transpose", [name], [f"{name}t"], perm=[1, 0]))
+        nodes.append(helper.make_node("MatMul", ["x", f"{name}t"], [f"y{i}"], name=f"product{i}"))
+        if transposed_twice and i == 0:
+            nodes.append(helper.make_node("Transpose", [name], ["again"], perm=[1, 0]))
+            outputs.append(helper.make_tensor_value_info("again", TensorProto.FLOAT16, [4, 2]))
+        outputs.append(helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT16, [3, 2]))
+        tensor = helper.make_tensor(name, TensorProto.FLOAT16, [2, 4], bytes(16), raw=True)
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", "file"), ("offset", str(place)), ("length", "16")):
+            tensor.external_data.add(key=key, value=value)
+        weights.append(tensor)
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT16, [3, 4])]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, weights)
+    graph.value_info.extend(
+        helper.make_tensor_value_info(f"w{i}t", TensorProto.FLOAT16, [4, 2]) for i in range(len(places))
+    )
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8))
+
+
+@pytest.mark.parametrize(
+    ("places", "transposed_twice", "weights"),
+    [
+        ([0, 16, 32], False, {"w0+w1+w2"}),
+        ([0, 16, 0], False, {"w0", "w1", "w2"}),  # two of three share their bytes: one is left, alone
+        ([0, 16, 32], True, {"w0", "w1+w2"}),
+        ([0], False, {"w0"}),
+    ],
+)
+def test_weights_that_are_used_elsewhere_stay_apart(
+    places: list[int], transposed_twice: bool, weights: set[str]
+) -> None:
+    model = small_products(places, transposed_twice)
+    graph = network_graph(model)
+    assert set(graph.weights) == weights
+    session = onnxruntime.InferenceSession(graph.serialize(), providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(0)
+    x, own = rng.standard_normal((3, 4)).astype(np.float16), rng.standard_normal((3, 2, 4)).astype(np.float16)
+    shapes = {value.name: value.shape for value in session.get_inputs()}
+    feeds = {"x": x} | {
+        name: np.concatenate([own[int(part[1:])] for part in parts_of(name)]).reshape(shapes[name])
+        for name in graph.weights
+    }
+    found = dict(zip([value.name for value in session.get_outputs()], session.run(None, feeds), strict=True))
+    for i in range(len(places)):
+        np.testing.assert_allclose(found[f"y{i}"], x @ own[i].T, atol=2e-2)
 
 
 def test_types_tell_what_is_float32_in_a_float16_graph() -> None:

@@ -6,10 +6,12 @@ become inputs, so that the builder has nothing to fold and one plan runs any che
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 
 import onnx_ir as ir
 
+from socket_trt.onnx.joined import join_products
 from socket_trt.onnx.opset17 import lower_to_opset17
 from socket_trt.onnx.rank2 import drop_leading_one
 
@@ -18,7 +20,8 @@ from socket_trt.onnx.rank2 import drop_leading_one
 class NetworkGraph:
     """A graph for TensorRT's parser.
 
-    weights     inputs that hold weights, by name; in the model's dtype whatever the checkpoint's is
+    weights     inputs that hold weights, by name; in the model's dtype whatever the checkpoint's is.  Some hold the
+                rows of several (`socket_trt.onnx.joined.parts_of`)
     transposed  values that are a weight with its last two axes swapped: operands of a matrix product
     float32     values that are float32 although the model's dtype is narrower
     float16     values that are float16
@@ -39,6 +42,7 @@ def network_graph(model: ir.Model, opset17: bool = False) -> NetworkGraph:
 
     External initializers become inputs; a cast from the checkpoint's dtype behind one goes.  A weight that is, transposed,
     the right operand of a product with three axes gets a leading axis of one: TensorRT then needs no reshape between them.
+    Small products of the same activations become one.
     """
     model.functions.clear()
     if opset17 and model.graph.opset_imports[""] > 17:
@@ -46,7 +50,8 @@ def network_graph(model: ir.Model, opset17: bool = False) -> NetworkGraph:
     _powers_by_products(model.graph)
     if opset17:
         drop_leading_one(model.graph)
-    weights = _weights_to_inputs(model.graph)
+    weights, alone = _weights_to_inputs(model.graph)
+    weights = join_products(model.graph, weights, alone)
     transposed = [name for weight in weights for name in _lead_with_one(model.graph, weight)]
     values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
     return NetworkGraph(
@@ -99,11 +104,13 @@ def _multiply(graph: ir.Graph, after: ir.Node, one: ir.Value, other: ir.Value, l
     return node
 
 
-def _weights_to_inputs(graph: ir.Graph) -> list[ir.Value]:
-    weights = []
+def _weights_to_inputs(graph: ir.Graph) -> tuple[list[ir.Value], set[ir.Value]]:
+    """All weights, and those of them whose bytes are no other's."""
+    weights = {}
     for name, value in list(graph.initializers.items()):
         if not isinstance(value.const_value, ir.ExternalTensor):
             continue
+        weights[value] = (value.const_value.location, value.const_value.offset)
         users = [user for user, _ in value.uses()]
         if len(users) == 1 and users[0].name == f"{name}/cast":
             (cast,) = users
@@ -113,8 +120,8 @@ def _weights_to_inputs(graph: ir.Graph) -> list[ir.Value]:
         value.const_value = None
         del graph.initializers[name]
         graph.inputs.append(value)
-        weights.append(value)
-    return weights
+    times = collections.Counter(weights.values())
+    return list(weights), {value for value, place in weights.items() if times[place] == 1}
 
 
 def _lead_with_one(graph: ir.Graph, weight: ir.Value) -> list[str]:

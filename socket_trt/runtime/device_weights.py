@@ -26,30 +26,39 @@ Array = npt.NDArray[Any]
 
 
 def weight_bytes(manifest: Manifest) -> int:
-    """GPU memory that the weights take; tied ones once."""
-    return _layout(manifest)[1]
+    """GPU memory that the weights take at most; tied ones once."""
+    return _layout(manifest, ())[1]
 
 
-def _layout(manifest: Manifest) -> tuple[dict[str, int], int]:
-    """Offset of every weight in one allocation, and its size.  Weights at one place of one file share their bytes."""
+def _layout(manifest: Manifest, joint: Iterable[tuple[str, ...]]) -> tuple[dict[str, int], int]:
+    """Offset of every weight in one allocation, and its size.
+
+    Weights at one place of one file share their bytes.  Those of a tuple in `joint` lie side by side.
+    """
     offsets: dict[str, int] = {}
     placed: dict[tuple[str, int], int] = {}
     end = 0
-    for name, location in manifest.weights.tensors.items():
-        key = (location.file, location.offset)
-        if key not in placed:
-            placed[key] = end
-            end += -(-math.prod(location.shape) * 2 // ALIGNMENT) * ALIGNMENT
-        offsets[name] = placed[key]
-    return offsets, end
+    groups = [*joint]
+    grouped = {name for group in groups for name in group}
+    groups += [(name,) for name in manifest.weights.tensors if name not in grouped]
+    for group in groups:
+        end = -(-end // ALIGNMENT) * ALIGNMENT
+        for name in group:
+            location = manifest.weights.tensors[name]
+            key = (location.file, location.offset)
+            if key not in placed:
+                placed[key] = end
+                end += math.prod(location.shape) * 2
+            offsets[name] = placed[key]
+    return offsets, -(-end // ALIGNMENT) * ALIGNMENT
 
 
 class DeviceWeights:
     """All weights of an engine in one allocation; `addresses` by name."""
 
-    def __init__(self, manifest: Manifest) -> None:
-        """Raises OutOfGpuMemoryError."""
-        offsets, size = _layout(manifest)
+    def __init__(self, manifest: Manifest, joint: Iterable[tuple[str, ...]] = ()) -> None:
+        """`joint`: names of weights whose bytes a plan reads as one.  Raises OutOfGpuMemoryError."""
+        offsets, size = _layout(manifest, joint)
         self._buffer = DeviceBuffer(size)
         self.addresses = {name: self._buffer.address + offset for name, offset in offsets.items()}
 

@@ -20,6 +20,7 @@ from socket_trt.engine.compile import Compiled, plan_profiles
 from socket_trt.engine.manifest import EngineDirectory, PlanRecord
 from socket_trt.engine.tensorrt import TensorRT, open_tensorrt
 from socket_trt.errors import ConfigError, EngineError, RequestError
+from socket_trt.onnx.joined import parts_of
 from socket_trt.progress import Progress, Silent
 from socket_trt.runtime.cuda import Device, DeviceBuffer, Event, Graph, OutOfGpuMemoryError, PinnedBuffer, Stream
 from socket_trt.runtime.device_weights import DeviceWeights, fill_randomly, load_weights, weight_bytes
@@ -135,7 +136,9 @@ class TensorRTSession(Session):
         self._limits = manifest.limits(self._pool_size(fixed, num_pages))
 
         self._stream = self._own(Stream())
-        self._weights = self._own(DeviceWeights(manifest))
+        inputs = {name: parts_of(name) for name in self._weight_inputs()}
+        self._weights = self._own(DeviceWeights(manifest, (parts for parts in inputs.values() if len(parts) > 1)))
+        self._weight_addresses = {name: self._weights.addresses[parts[0]] for name, parts in inputs.items()}
         self._activations = self._own(DeviceBuffer(activations))
         self._step_device, self._step_host = self._own(DeviceBuffer(step_bytes)), self._own(PinnedBuffer(step_bytes))
         self._logits_device = self._own(DeviceBuffer(logits_bytes))
@@ -153,6 +156,18 @@ class TensorRTSession(Session):
         self._began, self._ended = self._own(Event()), self._own(Event())
         self._prefill = self._context(len(self._profiles) - 1)
         self._prefill_shape: StepShape | None = None
+
+    def _weight_inputs(self) -> list[str]:
+        """Inputs of the plan that are neither the step's nor caches."""
+        own = {*names.STEP_INPUTS, names.LOGITS}
+        own |= {
+            of(layer, kind)
+            for of in (names.past, names.present)
+            for layer in range(self._manifest.model.layers)
+            for kind in names.CACHE_KINDS
+        }
+        tensors = (self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors))
+        return [name for name in tensors if name not in own]
 
     def _pool_size(self, fixed: int, wanted: int | None) -> int:
         """Pages of the pool.  Raises OutOfGpuMemoryError where the wanted ones, or not even one sequence's, fit."""
@@ -342,7 +357,7 @@ class TensorRTSession(Session):
                 self._check(context.set_tensor_address(name, cache.address))
         for name in names.STEP_INPUTS:
             self._check(context.set_tensor_address(name, self._step_device.address + self._offsets[name]))
-        for name, address in self._weights.addresses.items():
+        for name, address in self._weight_addresses.items():
             self._check(context.set_tensor_address(name, address))
         self._check(context.set_tensor_address(names.LOGITS, self._logits_device.address))
         return context
