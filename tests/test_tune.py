@@ -61,7 +61,7 @@ def test_a_shorter_sequence_keeps_as_many_tokens_as_the_shortest_measured() -> N
     assert [socket.budget(length) for length in (200, 512, 1000)] == [52, 52, 100]
 
 
-@pytest.mark.parametrize(("name", "largest"), [("h100", 0.15), ("h200", 0.25)])
+@pytest.mark.parametrize(("name", "largest"), [("h100", 0.15), ("h200", 0.2)])
 def test_the_cost_models_are_fitted_to_the_measurements_in_the_repository(name: str, largest: float) -> None:
     model = load_cost_model(name)
     measured = json.loads((RESULTS.parents[2] / model.source).read_text())

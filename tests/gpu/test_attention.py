@@ -52,6 +52,8 @@ def cases() -> Iterator[Case]:
     axes += [{"rows": LONG, "planes": r, "tables": 60, "page_size": 128, "head_size": 128} for r in (8, 10)]
     axes += [{"rows": LONG, "budget_permille": 30, "sliding_window": 30000, "planes": r} for r in (8, 10)]
     axes += [{"rows": [(5, 1), (6, 1), (7, 1), (900, 2), (3, 0)], "padding": 0}]  # every token an item
+    padded: list[Row] = [(900, 1), (5, 1), (3, 0), (0, 0)]
+    axes += [{"rows": padded, "padding": 2, "min_length": m} for m in (0, 40)]  # items of no sequence, and dense ones
     for axis, dtype, selection in itertools.product(axes, (torch.float16, torch.bfloat16), ("query_head", "kv_head")):
         yield base | axis | {"dtype": dtype, "selection": selection}
 
@@ -152,9 +154,10 @@ def test_selection_and_attention_in_one_kernel_and_in_two(dtype: torch.dtype, he
     assert relative(whole.output, apart.output.double()) < 2 * torch.finfo(dtype).eps
 
 
-def test_several_rows_of_one_sequence() -> None:
+@pytest.mark.parametrize("window", [1, 5])
+def test_several_rows_of_one_sequence(window: int) -> None:
     """Rows with the same pages at consecutive past lengths: each sees the tokens of the rows before it."""
-    config = config_of(tables=16)
+    config = config_of(tables=16, window=window)
     step = random_step([(100, 3)], config, query_heads=4, kv_heads=2, head_size=64, dtype=torch.float16)
     rows = step.replace(
         page_table=step.page_table.repeat(3, 1),
