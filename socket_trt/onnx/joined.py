@@ -13,8 +13,8 @@ from collections.abc import Collection, Sequence
 import onnx_ir as ir
 
 _SEPARATOR = "+"  # in no name that PyTorch gives a parameter
-# A group of products is joined where one of its weights is smaller than so many bytes of float16.  Splitting what comes
-# out of them costs as much as larger ones gain.
+# A group of products is joined where one of its weights is smaller than so many bytes of float16.  Larger ones are read
+# at full speed as they are, and what comes out of them would be more to split.
 SMALL_BYTES = 32 << 20
 
 
