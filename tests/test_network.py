@@ -119,7 +119,7 @@ def test_products_of_the_same_activations_are_joined_where_a_weight_is_small(mon
 
 
 def small_products(places: list[int], transposed_twice: bool = False) -> ir.Model:
-    """Y = x W^T for several W, each at one of `places` of a file."""
+    """Products x W^T of several W, each at one of `places` of a file."""
     nodes, outputs, weights = [], [], []
     for i, place in enumerate(places):
         name = f"w{i}"

@@ -119,11 +119,6 @@ __device__ void find_slots(const Arguments& a, Shared& shared, int64_t first, in
     }
 }
 
-// Index of a slot of `head` in a cache that has one element a token.
-__device__ __forceinline__ int64_t cache_index(const Arguments& a, int64_t slot, int head) {
-    return (((slot >> a.page_shift) * a.p.kv_heads + head) << a.page_shift) + (slot & (a.p.page_size - 1));
-}
-
 // Keys, values and norms into the cache; zeros to the output of tokens that belong to no sequence.
 template <typename T>
 __device__ void copy_tile(const Arguments& a, const Shared& shared, int64_t first, int count) {

@@ -117,6 +117,14 @@ __device__ __forceinline__ int read_page(const Arguments& a, int row, int positi
     return static_cast<uint32_t>(page) < static_cast<uint32_t>(a.p.pages) ? page : 0;
 }
 
+// Index of a slot (page * page_size + place in the page; of 32 or 64 bits) of `head` in a cache that has one element a
+// token.
+template <typename Slot>
+__device__ __forceinline__ int64_t cache_index(const Arguments& a, Slot slot, int head) {
+    const int64_t page_head = static_cast<int64_t>(slot >> a.page_shift) * a.p.kv_heads + head;
+    return (page_head << a.page_shift) + (slot & (a.p.page_size - 1));
+}
+
 // Positions that a decode query may choose among, and those that it always attends to.
 struct Candidates {
     int visible;      // first position inside the sliding window

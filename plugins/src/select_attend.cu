@@ -78,8 +78,7 @@ class Copies {
 #pragma unroll
             for (int i = 0; i < kPieces; i++) {
                 const int slot = __shfl_sync(~0u, slot_, turn + i * R::kAtOnce + (threadIdx.x & 31) / R::kLanes);
-                const int64_t page_head = static_cast<int64_t>(slot >> a_.page_shift) * a_.p.kv_heads + kv_head_;
-                const int64_t row = ((page_head << a_.page_shift) + (slot & (a_.p.page_size - 1))) * R::kPiecesEach;
+                const int64_t row = cache_index(a_, slot, kv_head_) * R::kPiecesEach;
                 copy_16_bytes(to + i * (kThreads * 16), keys_ + row);
                 copy_16_bytes(to + (kPieces + i) * (kThreads * 16), values_ + row);
             }

@@ -7,10 +7,12 @@ them, only that its parts lie side by side.
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
+
+from socket_trt.onnx.initializers import add_integers
 
 _SEPARATOR = "+"  # in no name that PyTorch gives a parameter
 # A group of products is joined where one of its weights is smaller than so many bytes of float16.  Larger ones are read
@@ -31,75 +33,74 @@ def join_products(graph: ir.Graph, weights: Sequence[ir.Value], alone: Collectio
 
     A product is joined where its right operand is a weight, transposed, that nothing else uses.
     """
-    groups: dict[tuple[ir.Value, object], list[ir.Node]] = {}
+    groups: dict[tuple[ir.Value | None, object], list[_Product]] = {}
     for node in graph:
-        weight = _weight_of(node)
-        if weight is not None and weight in alone:
-            assert node.inputs[0] is not None
-            groups.setdefault((node.inputs[0], weight.dtype), []).append(node)
+        product = _product_of(node)
+        if product is not None and product.weight in alone:
+            groups.setdefault((node.inputs[0], product.weight.dtype), []).append(product)
+    joint: list[ir.Value] = []
     parts: set[ir.Value] = set()
-    joint = []
     for products in groups.values():
-        own = [weight for product in products if (weight := _weight_of(product)) is not None]
-        if len(products) > 1 and min(2 * math.prod(_sizes(weight)) for weight in own) < SMALL_BYTES:
-            joint.append(_join(graph, products, own))
-            parts.update(own)
+        if len(products) > 1 and min(2 * product.rows * product.columns for product in products) < SMALL_BYTES:
+            joint.append(_join(graph, products))
+            parts.update(product.weight for product in products)
     return [*(weight for weight in weights if weight not in parts), *joint]
 
 
-def _weight_of(node: ir.Node) -> ir.Value | None:
-    """The matrix W of a product x W^T, where nothing else uses W."""
-    if node.op_type != "MatMul" or node.inputs[1] is None:
-        return None
-    transpose = node.inputs[1].producer()
-    if transpose is None or transpose.op_type != "Transpose" or len(node.inputs[1].uses()) > 1:
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """The product x W^T, W [rows, columns], in two nodes."""
+
+    weight: ir.Value
+    rows: int
+    columns: int
+    transpose: ir.Node
+    product: ir.Node
+
+
+def _product_of(node: ir.Node) -> _Product | None:
+    """The product that ends in `node`, where nothing else uses its weight."""
+    right = node.inputs[1] if node.op_type == "MatMul" else None
+    transpose = right.producer() if right is not None and len(right.uses()) == 1 else None
+    if transpose is None or transpose.op_type != "Transpose":
         return None
     weight = transpose.inputs[0]
     if weight is None or len(weight.uses()) > 1 or weight.shape is None or len(weight.shape) != 2:
         return None
-    return weight
+    rows, columns = weight.shape.numpy()
+    return _Product(weight, rows, columns, transpose, node)
 
 
-def _sizes(weight: ir.Value) -> tuple[int, int]:
-    assert weight.shape is not None
-    rows, columns = weight.shape
-    return int(rows), int(columns)  # weights have no symbolic sizes
-
-
-def _join(graph: ir.Graph, products: list[ir.Node], weights: list[ir.Value]) -> ir.Value:
+def _join(graph: ir.Graph, products: list[_Product]) -> ir.Value:
     """Put one product and a split in the place of `products`; returns the joint weight, an input."""
-    first, rows = products[0], [_sizes(weight)[0] for weight in weights]
+    first, rows = products[0], [product.rows for product in products]
+    name, old = str(first.product.name), [product.product.outputs[0] for product in products]
     weight = ir.Value(
-        name=_SEPARATOR.join(str(part.name) for part in weights),
-        type=weights[0].type,
-        shape=ir.Shape([sum(rows), _sizes(weights[0])[1]]),
+        name=_SEPARATOR.join(str(product.weight.name) for product in products),
+        type=first.weight.type,
+        shape=ir.Shape([sum(rows), first.columns]),
     )
-    transpose = ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{first.name}/joint_weight")
-    _describe(transpose.outputs[0], weight, [_sizes(weights[0])[1], sum(rows)], transpose.name)
-    product = ir.node("MatMul", [first.inputs[0], transpose.outputs[0]], name=f"{first.name}/joint")
-    before = first.outputs[0].shape
-    assert before is not None
-    _describe(product.outputs[0], first.outputs[0], [*before[:-1], sum(rows)], product.name)
-    sizes = ir.Value(name=f"{product.name}/rows", const_value=ir.tensor(rows, dtype=ir.DataType.INT64))
-    sizes.dtype, sizes.shape = ir.DataType.INT64, ir.Shape([len(rows)])
-    graph.register_initializer(sizes)
-    split = ir.node(
-        "Split", [product.outputs[0], sizes], {"axis": -1}, num_outputs=len(rows), name=f"{first.name}/split"
-    )
-    graph.insert_before(first, [transpose, product, split])
+    transpose = ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{name}/joint_weight")
+    _describe(transpose, weight, [first.columns, sum(rows)])
+    product = ir.node("MatMul", [first.product.inputs[0], transpose.outputs[0]], name=f"{name}/joint")
+    _describe(product, old[0], None if old[0].shape is None else [*old[0].shape[:-1], sum(rows)])
+    sizes = add_integers(graph, f"{product.name}/rows", rows)
+    split = ir.node("Split", [*product.outputs, sizes], {"axis": -1}, num_outputs=len(rows), name=f"{name}/split")
     graph.inputs.append(weight)
-    for old, part, new in zip(products, weights, split.outputs, strict=True):
-        output = old.outputs[0]
-        new.type, new.shape, name = output.type, output.shape, output.name
-        ir.convenience.replace_all_uses_with(output, new, replace_graph_outputs=True)
-        output.name, new.name = None, name
-        old_transpose = old.inputs[1].producer() if old.inputs[1] is not None else None
-        graph.remove(old, safe=True)
-        if old_transpose is not None:
-            graph.remove(old_transpose, safe=True)
-        graph.inputs.remove(part)
+    ir.convenience.replace_nodes_and_values(
+        graph,
+        first.product,
+        [node for product in products for node in (product.product, product.transpose)],
+        [transpose, product, split],
+        old,
+        split.outputs,
+    )
+    for product in products:
+        graph.inputs.remove(product.weight)
     return weight
 
 
-def _describe(value: ir.Value, like: ir.Value, shape: Sequence[object], name: str | None) -> None:
-    value.name, value.type, value.shape = name, like.type, ir.Shape(shape)
+def _describe(node: ir.Node, like: ir.Value, shape: Sequence[object] | None) -> None:
+    """Name the output after its node, and give it the type of `like`."""
+    output = node.outputs[0]
+    output.name, output.type, output.shape = node.name, like.type, None if shape is None else ir.Shape(shape)

@@ -11,6 +11,7 @@ import dataclasses
 
 import onnx_ir as ir
 
+from socket_trt.onnx.initializers import add_integers
 from socket_trt.onnx.joined import join_products
 from socket_trt.onnx.opset17 import lower_to_opset17
 from socket_trt.onnx.rank2 import drop_leading_one
@@ -156,9 +157,7 @@ def _multiplies_a_matrix(value: ir.Value) -> bool:
 def _unsqueeze(graph: ir.Graph, weight: ir.Value) -> ir.Value:
     """`weight` with a leading axis of one, in a node before all others."""
     name = f"{weight.name}/wide"
-    axes = ir.Value(name=f"{name}/axes", const_value=ir.tensor([0], dtype=ir.DataType.INT64, name=f"{name}/axes"))
-    graph.register_initializer(axes)
-    node = ir.node("Unsqueeze", [weight, axes], name=name)
+    node = ir.node("Unsqueeze", [weight, add_integers(graph, f"{name}/axes", [0])], name=name)
     node.outputs[0].name, node.outputs[0].type = name, weight.type
     graph.insert_before(graph[0], node)
     return node.outputs[0]

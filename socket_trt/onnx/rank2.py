@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from socket_trt.onnx.initializers import add_integers
+
 # Operators that treat every element, or every row of the last axis, alike.
 _ELEMENTWISE = {
     "Add", "Cast", "Cos", "Div", "Erf", "Exp", "Gelu", "Identity", "Max", "Min", "Mul", "Neg", "Reciprocal", "Relu",
@@ -50,13 +52,13 @@ class _Pass:
             node.replace_input_with(1, producer.inputs[0])
             return True
         if node.op_type == "Unsqueeze" and _constant(node.inputs[1]) == [0, 2]:
-            node.replace_input_with(1, self._integers(f"{node.name}/axes", [1]))
+            node.replace_input_with(1, add_integers(self._graph, f"{node.name}/axes", [1]))
             return True
         if node.op_type == "Reshape":
             shape = _constant(node.inputs[1])
             if shape is None or 0 in shape or shape[0] != 1:
                 return False
-            node.replace_input_with(1, self._integers(f"{node.name}/shape", shape[1:]))
+            node.replace_input_with(1, add_integers(self._graph, f"{node.name}/shape", shape[1:]))
             return True
         return False
 
@@ -85,7 +87,9 @@ class _Pass:
             axes = [_without_first(axis) for axis in _constant(node.inputs[3]) or [0]]
             if None in axes:
                 return False
-            node.replace_input_with(3, self._integers(f"{node.name}/axes", [axis for axis in axes if axis is not None]))
+            node.replace_input_with(
+                3, add_integers(self._graph, f"{node.name}/axes", [axis for axis in axes if axis is not None])
+            )
             return True
         return False
 
@@ -105,17 +109,11 @@ class _Pass:
         assert producer is not None
         assert value.shape is not None
         name = f"{value.name}/wide"
-        node = ir.node("Unsqueeze", [value, self._integers(f"{name}/axes", [0])], name=name)
+        node = ir.node("Unsqueeze", [value, add_integers(self._graph, f"{name}/axes", [0])], name=name)
         output = node.outputs[0]
         output.name, output.type, output.shape = name, value.type, ir.Shape([1, *value.shape])
         self._graph.insert_after(producer, node)
         return output
-
-    def _integers(self, name: str, integers: list[int]) -> ir.Value:
-        value = ir.Value(name=name, const_value=ir.tensor(integers, dtype=ir.DataType.INT64, name=name))
-        value.dtype, value.shape = ir.DataType.INT64, ir.Shape([len(integers)])
-        self._graph.register_initializer(value)
-        return value
 
 
 def _without_first(axis: int) -> int | None:

@@ -33,7 +33,7 @@ def weight_bytes(manifest: Manifest) -> int:
 def _layout(manifest: Manifest, joint: Iterable[tuple[str, ...]]) -> tuple[dict[str, int], int]:
     """Offset of every weight in one allocation, and its size.
 
-    Weights at one place of one file share their bytes.  Those of a tuple in `joint` lie side by side.
+    Weights at one place of one file share their bytes.  Those of a tuple in `joint` lie side by side, all others apart.
     """
     offsets: dict[str, int] = {}
     placed: dict[tuple[str, int], int] = {}
@@ -42,7 +42,6 @@ def _layout(manifest: Manifest, joint: Iterable[tuple[str, ...]]) -> tuple[dict[
     grouped = {name for group in groups for name in group}
     groups += [(name,) for name in manifest.weights.tensors if name not in grouped]
     for group in groups:
-        end = -(-end // ALIGNMENT) * ALIGNMENT
         for name in group:
             location = manifest.weights.tensors[name]
             key = (location.file, location.offset)
@@ -50,14 +49,15 @@ def _layout(manifest: Manifest, joint: Iterable[tuple[str, ...]]) -> tuple[dict[
                 placed[key] = end
                 end += math.prod(location.shape) * 2
             offsets[name] = placed[key]
-    return offsets, -(-end // ALIGNMENT) * ALIGNMENT
+        end = -(-end // ALIGNMENT) * ALIGNMENT
+    return offsets, end
 
 
 class DeviceWeights:
     """All weights of an engine in one allocation; `addresses` by name."""
 
     def __init__(self, manifest: Manifest, joint: Iterable[tuple[str, ...]] = ()) -> None:
-        """`joint`: names of weights whose bytes a plan reads as one.  Raises OutOfGpuMemoryError."""
+        """`joint`: names of weights that a plan reads as one, or single ones.  Raises OutOfGpuMemoryError."""
         offsets, size = _layout(manifest, joint)
         self._buffer = DeviceBuffer(size)
         self.addresses = {name: self._buffer.address + offset for name, offset in offsets.items()}

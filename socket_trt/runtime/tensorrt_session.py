@@ -137,7 +137,7 @@ class TensorRTSession(Session):
 
         self._stream = self._own(Stream())
         inputs = {name: parts_of(name) for name in self._weight_inputs()}
-        self._weights = self._own(DeviceWeights(manifest, (parts for parts in inputs.values() if len(parts) > 1)))
+        self._weights = self._own(DeviceWeights(manifest, inputs.values()))
         self._weight_addresses = {name: self._weights.addresses[parts[0]] for name, parts in inputs.items()}
         self._activations = self._own(DeviceBuffer(activations))
         self._step_device, self._step_host = self._own(DeviceBuffer(step_bytes)), self._own(PinnedBuffer(step_bytes))
@@ -159,13 +159,8 @@ class TensorRTSession(Session):
 
     def _weight_inputs(self) -> list[str]:
         """Inputs of the plan that are neither the step's nor caches."""
-        own = {*names.STEP_INPUTS, names.LOGITS}
-        own |= {
-            of(layer, kind)
-            for of in (names.past, names.present)
-            for layer in range(self._manifest.model.layers)
-            for kind in names.CACHE_KINDS
-        }
+        graph = self._manifest.graph
+        own = {record.name for record in (*graph.inputs, *graph.outputs)}
         tensors = (self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors))
         return [name for name in tensors if name not in own]
 

@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from socket_trt.onnx.initializers import add_initializer
+
 MICROSOFT = "com.microsoft"
 
 
@@ -110,17 +112,12 @@ class NodeMaker:
         """An initializer that holds the array; equal arrays share one."""
         key = (array.tobytes(), array.shape, str(array.dtype))
         if key not in self._constants:
-            self._constants[key] = self.initializer(self._name("constant"), ir.tensor(array))
+            self._constants[key] = add_initializer(self.graph, self._name("constant"), ir.tensor(array))
         return self._constants[key]
 
     def ints(self, *values: int) -> ir.Value:
         """An int64 vector."""
         return self.constant(np.array(values, np.int64))
-
-    def initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
-        self.graph.register_initializer(value)
-        return value
 
     def _name(self, what: str) -> str:
         self._count += 1

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from socket_trt import names
 from socket_trt.config import SocketConfig
 from socket_trt.errors import GraphError
+from socket_trt.onnx.initializers import add_initializer
 from socket_trt.onnx.rewrite.found import Attention, Rotary
 from socket_trt.onnx.rewrite.graph import (
     MICROSOFT,
@@ -54,7 +55,7 @@ class PackedGraph:
         self.inputs: list[ir.Value] = list(self.step.values())
         self.outputs: list[ir.Value] = []
         planes = draw_planes(config.tables, config.planes, head_size, config.seed).astype(dtype.numpy())
-        self._planes = self.make.initializer(names.PLANES, ir.tensor(planes, dtype, name=names.PLANES))
+        self._planes = add_initializer(self.make.graph, names.PLANES, ir.tensor(planes, dtype, name=names.PLANES))
         self._rotations: dict[ir.Value, ir.Value] = {}
 
     def batch_of_one(self, name: str, old: ir.Value) -> ir.Value:
