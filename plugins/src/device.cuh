@@ -38,9 +38,17 @@ __device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t pair) {
     return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
 
-// Asynchronous copies of 16 bytes into shared memory, in groups that each thread ends by itself, and what takes them.
+// Asynchronous copies of 16 or 4 bytes into shared memory, in groups that each thread ends by itself, and what takes
+// them.
 __device__ __forceinline__ void copy_16_bytes(uint32_t to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+}
+__device__ __forceinline__ void copy_16_bytes(uint32_t to, const void* from, uint64_t cache_policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                 "l"(cache_policy));
+}
+__device__ __forceinline__ void copy_4_bytes(uint32_t to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from));
 }
 __device__ __forceinline__ void commit_copies() {
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -56,6 +64,18 @@ __device__ __forceinline__ uint4 load_piece(uint32_t address) {
                  : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                  : "r"(address));
     return x;
+}
+
+// What a copy may ask of the L2 cache: to let go of the data before others, as what is read only once; or nothing.
+__device__ __forceinline__ uint64_t read_once_policy() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ __forceinline__ uint64_t usual_policy() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
 }
 
 // Kernels of one call overlap: each begins while the one before it still runs, and waits here before it looks at
@@ -110,11 +130,19 @@ __device__ __forceinline__ Item read_item(const Arguments& a, int index) {
     return item;
 }
 
-// Page that holds `position` of sequence `row`; the null page where the table holds nonsense.
+// A page number, or the null page where the table holds nonsense.
+__device__ __forceinline__ int valid_page(const Arguments& a, int page) {
+    return static_cast<uint32_t>(page) < static_cast<uint32_t>(a.p.pages) ? page : 0;
+}
+// Page that holds `position` of sequence `row`.
 __device__ __forceinline__ int read_page(const Arguments& a, int row, int position) {
     if (position >= a.max_length) return 0;
-    const int page = a.p.page_table[static_cast<int64_t>(row) * a.p.pages_per_sequence + (position >> a.page_shift)];
-    return static_cast<uint32_t>(page) < static_cast<uint32_t>(a.p.pages) ? page : 0;
+    return valid_page(a,
+                      a.p.page_table[static_cast<int64_t>(row) * a.p.pages_per_sequence + (position >> a.page_shift)]);
+}
+// Slot (page * page_size + place in the page) of `position`, which lies in `page`.
+__device__ __forceinline__ int slot_in_page(const Arguments& a, int page, int position) {
+    return (page << a.page_shift) + (position & (a.p.page_size - 1));
 }
 
 // Index of a slot (page * page_size + place in the page; of 32 or 64 bits) of `head` in a cache that has one element a

@@ -13,6 +13,7 @@ struct Device {
     int architecture;  // 90 for compute capability 9.0
     int multiprocessors;
     int shared_memory;  // bytes a block can have
+    int cache;          // bytes of the L2 cache
 };
 
 // How scoring is laid out for given shapes.
@@ -25,6 +26,7 @@ struct ScorePlan {
     int slots;        // blocks for each of them, over all items
     int shared_memory;
     int64_t partial_bytes;  // workspace for sums between passes
+    int codes_leave_first;  // the L2 cache, before scores and sums
 };
 ScorePlan plan_score(const Arguments& a, const Device& device);
 ScorePlan plan_score_wide(const Arguments& a);

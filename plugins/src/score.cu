@@ -101,8 +101,14 @@ class Walk {
     // Units first_unit, first_unit + stride, ... below last_unit, of L::kUnit tokens each from position `begin` on, in
     // `tables` hash tables from `first_table` on.
     __device__ Walk(const Arguments& a, int row, int kv_head, int begin, int first_unit, int last_unit, int stride,
-                    int first_table, int tables, const uint32_t (&stage)[kStages])
-        : a_(a), begin_(begin), unit_(first_unit), last_(last_unit), stride_(stride), tables_(tables) {
+                    int first_table, int tables, const uint32_t (&stage)[kStages], uint64_t cache_policy)
+        : a_(a),
+          cache_policy_(cache_policy),
+          begin_(begin),
+          unit_(first_unit),
+          last_(last_unit),
+          stride_(stride),
+          tables_(tables) {
         const int lane = threadIdx.x & 31;
         table_row_ = a.p.page_table + static_cast<int64_t>(row) * a.p.pages_per_sequence;
         const int row_bytes = a.p.page_size * CODE_BYTES;
@@ -172,12 +178,13 @@ class Walk {
         for (int i = 0; i < kGroup / 4; i++) {
             // Rows are turned by two pieces every eight rows.
             const uint32_t to = stage_[0] + i * 512 + ((threadIdx.x + (i & ~1)) & 7) * 16;
-            if (wanted(i)) copy_16_bytes(to, from);
+            if (wanted(i)) copy_16_bytes(to, from, cache_policy_);
             from += step_;
         }
     }
 
     const Arguments& a_;
+    uint64_t cache_policy_;
     const int* table_row_;
     const char *head_, *from_;
     uint32_t stage_[kStages];  // this lane's rows in the stages, the next to be filled first
@@ -284,6 +291,7 @@ __global__ __launch_bounds__(kMaxWarps * 32, 1) void score_kernel(const __grid_c
     for (int s = 0; s < kStages; s++) stage[s] = places.stage(warp * kStages + s);
     const uint32_t right[2] = {g < 4 ? 1u << g * 8 : 0u, g >= 4 ? 1u << (g - 4) * 8 : 0u};
 
+    const uint64_t cache_policy = plan.codes_leave_first ? read_once_policy() : usual_policy();
     const bool by_kv_head = a.select_heads == a.p.kv_heads;
     Heads heads{0, a.group};
     if (PACKING != kOneSum) heads = Heads{head_block * PACKING, min(PACKING, a.group - head_block * PACKING)};
@@ -301,7 +309,7 @@ __global__ __launch_bounds__(kMaxWarps * 32, 1) void score_kernel(const __grid_c
         const int first_table = pass * COLUMNS, tables = min(COLUMNS, a.p.tables - first_table);
         const bool last_pass = pass == plan.passes - 1;
         Walk<CODE_BYTES, COLUMNS> walk(a, item.row, kv_head, begin, first_unit + warp, last_unit, warps, first_table,
-                                       tables, stage);
+                                       tables, stage, cache_policy);
         int copied = 0;
         while (copied < kStages && (pass > 0 || walk.end() <= item.length - a.p.tokens)) walk.copy(), copied++;
         if (pass == 0) {
@@ -449,6 +457,8 @@ ScorePlan plan_score(const Arguments& a, const Device& device) {
     }
     plan.slots = a.items * best_parts;
     plan.partial_bytes = plan.passes > 1 ? lanes * a.key_stride * 8 : 0;
+    const int64_t code_bytes = static_cast<int64_t>(a.items) * a.p.kv_heads * a.max_length * a.p.tables * a.code_bytes;
+    plan.codes_leave_first = code_bytes <= 4 * static_cast<int64_t>(device.cache);
     return plan;
 }
 

@@ -15,7 +15,13 @@ __global__ __launch_bounds__(select::kThreads, 2) void select_kernel(const __gri
 }  // namespace
 
 int plan_select_capacity(const Device& device) {
-    return device.shared_memory >= 160 * 1024 ? 11 * 1024 : 4 * 1024;  // two blocks a multiprocessor, or one
+    constexpr int kSystemShared = 1024;  // that every block takes besides
+    const auto room = [&](int blocks) {
+        const int bytes = (device.shared_memory + kSystemShared) / blocks - kSystemShared;
+        return (bytes - static_cast<int>(sizeof(select::Shared))) / 4 / select::kWarps * select::kWarps;
+    };
+    // Two blocks a multiprocessor where that leaves each enough.
+    return room(2) >= select::kLeastCapacity ? room(2) : room(1);
 }
 
 int plan_select(const Arguments& a, const Device& device) {

@@ -3,166 +3,19 @@
 // select_attend.cu the one that goes on to attend.
 //
 // A cluster of blocks shares the tokens of one head, and the warps of a block share its part.  Each warp collects the
-// keys above a bound, which a sample of the row gives, and counts them in the block's histogram with a bin for every
+// keys from a bound on, which a sample of the row gives, and counts them in the block's histogram with a bin for every
 // key. A look at all blocks' histograms, at sums of 128 bins and then at 128 bins, finds the key that the budget ends
 // in, and how much of the list comes before a block's own part, which its warps then list.  Should the sample have
-// misled, the keys below the bound are counted too.  Where there are no clusters (before compute capability 9.0) one
-// block has a head for itself.
+// misled, so that this key lies outside the histogram, all is done again with another bound.  Where there are no
+// clusters (before compute capability 9.0) one block has a head for itself.
 #ifndef SOCKET_TRT_SELECT_CUH_
 #define SOCKET_TRT_SELECT_CUH_
 
-#include "device.cuh"
 #include "launchers.h"
+#include "select_search.cuh"
 
 namespace socket_trt {
 namespace select {
-
-constexpr int kThreads = 512;
-constexpr int kBins = 16384;  // a key is the upper 14 of a positive float16's 15 bits
-constexpr int kCoarse = 128, kFine = kBins / kCoarse;
-constexpr int kWarps = kThreads / 32;
-constexpr int kAhead = 4;        // vectors of eight keys that a lane loads ahead
-constexpr int kOffsetBits = 17;  // of a collected key's place
-constexpr uint32_t kOffsets = (1u << kOffsetBits) - 1;
-constexpr int kMaxBlocks = 8;       // of a cluster, on any GPU that has clusters
-constexpr int kLeastTokens = 4096;  // of a block
-constexpr int kMostSamples = 2048, kLeastSamples = 64;
-
-// Where the budget ends.
-struct Found {
-    uint32_t bin;
-    uint32_t above;         // keys in higher bins
-    uint32_t above_before;  // of them, those of the blocks before this one
-    uint32_t ties_before;   // those blocks' keys in the bin itself
-    uint32_t enclosed;      // 0: all keys that were counted are fewer than the budget
-};
-
-struct Shared {
-    uint32_t count[kBins];
-    uint32_t coarse[kMaxBlocks][kCoarse];
-    uint32_t warp_count[2][kWarps];
-    uint32_t incomplete;
-    Found found;
-    uint32_t collected[1];  // [kWarps, capacity]: bin << kOffsetBits | place in the block's part of the row
-};
-
-// No block may look at another's shared memory before all have written it, nor leave while another may still look.
-__device__ __forceinline__ void arrive_at_cluster() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_cluster() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-#else
-    __syncthreads();
-#endif
-}
-
-#if __CUDA_ARCH__ >= 900
-// Address of another block's shared memory, at the place where `here` is in this block's.
-__device__ __forceinline__ uint32_t address_in_block(const void* here, int block) {
-    uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(here));
-    asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(block));
-    return address;
-}
-#endif
-__device__ __forceinline__ uint4 load_of_block(const uint4* words, int block) {
-#if __CUDA_ARCH__ >= 900
-    uint4 x;
-    asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "r"(address_in_block(words, block)));
-    return x;
-#else
-    return *words;
-#endif
-}
-__device__ __forceinline__ void store_to_block(uint32_t* word, int block, uint32_t value) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address_in_block(word, block)), "r"(value) : "memory");
-#else
-    *word = value;
-#endif
-}
-
-// One warp's search in the blocks' 128 counters each, from the highest on, for that in which the `wanted`-th key lies.
-// counters(b): those of block b, as vectors of four that the lane reads one of.
-template <typename Counters>
-__device__ Found find_bin(int blocks, int block, uint32_t wanted, Counters counters) {
-    static_assert(kCoarse == 128 && kFine == 128, "four counters a lane");
-    const int lane = threadIdx.x & 31;
-    uint32_t all[4] = {}, before[4] = {};  // the highest first
-#pragma unroll 8
-    for (int other = 0; other < blocks; other++) {
-        const uint4 x = counters(other, 31 - lane);
-        const uint32_t own[4] = {x.w, x.z, x.y, x.x};
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            all[i] += own[i];
-            before[i] += other < block ? own[i] : 0;
-        }
-    }
-    const uint32_t sum = all[0] + all[1] + all[2] + all[3];
-    const uint32_t sum_before = before[0] + before[1] + before[2] + before[3];
-    Found mine{127u - lane * 4, inclusive_warp_sum(sum) - sum, inclusive_warp_sum(sum_before) - sum_before, before[0],
-               1};
-    const uint32_t reached = __ballot_sync(~0u, mine.above + sum >= wanted);
-#pragma unroll
-    for (int i = 0; i < 3; i++) {
-        if (mine.bin != 127u - lane * 4 - i || mine.above + all[i] >= wanted) continue;
-        mine.bin--;
-        mine.above += all[i];
-        mine.above_before += before[i];
-        mine.ties_before = before[i + 1];
-    }
-    const int owner = reached ? __ffs(reached) - 1 : 0;
-    return Found{__shfl_sync(~0u, mine.bin, owner), __shfl_sync(~0u, mine.above, owner),
-                 __shfl_sync(~0u, mine.above_before, owner), __shfl_sync(~0u, mine.ties_before, owner), reached != 0};
-}
-
-// Both searches, of the first warp; the blocks' coarse counters lie in shared.coarse.
-__device__ inline void find_threshold(Shared& shared, int blocks, int block, uint32_t wanted) {
-    Found coarse = find_bin(blocks, block, wanted, [&](int other, int vector) {
-        return reinterpret_cast<const uint4*>(shared.coarse[other])[vector];
-    });
-    if (coarse.enclosed) {
-        const uint4* fine = reinterpret_cast<const uint4*>(shared.count + coarse.bin * kFine);
-        const Found found = find_bin(blocks, block, wanted - coarse.above, [&](int other, int vector) {
-            return blocks == 1 ? fine[vector] : load_of_block(fine + vector, other);
-        });
-        coarse = Found{coarse.bin * kFine + found.bin, coarse.above + found.above,
-                       coarse.above_before + found.above_before, found.ties_before, 1};
-    }
-    if (threadIdx.x == 0) shared.found = coarse;
-}
-
-// Sums of 128 bins each, told to all blocks.
-__device__ inline void sum_bins(Shared& shared, int blocks, int block) {
-    static_assert(kThreads == 4 * kCoarse && kFine == 4 * 32, "four threads a sum, 32 bins a thread");
-    const uint4* from = reinterpret_cast<const uint4*>(shared.count) + threadIdx.x * 8;
-    uint32_t sum = 0;
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        const uint4 x = from[(i + threadIdx.x) & 7];  // turned, against bank conflicts
-        sum += x.x + x.y + x.z + x.w;
-    }
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    for (int other = threadIdx.x & 3; other < blocks; other += 4) {
-        uint32_t* to = &shared.coarse[block][threadIdx.x >> 2];
-        if (blocks == 1) {
-            *to = sum;
-        } else {
-            store_to_block(to, other, sum);
-        }
-    }
-}
-
-__device__ __forceinline__ uint32_t bin_of(uint32_t key) {
-    return key >> 1 & (kBins - 1);
-}
 
 // The vectors of eight keys that a warp looks at, and which of their keys are candidates.
 struct Part {
@@ -171,12 +24,65 @@ struct Part {
     int begin, end;   // vectors
     int first, last;  // candidates
 
-    __device__ __forceinline__ uint32_t candidate_bits(int vector) const {
-        uint32_t bits = 0xff;
-        if (vector * 8 < first) bits &= 0xff << (first - vector * 8);
-        if (vector * 8 + 8 > last) bits &= 0xff >> (vector * 8 + 8 - last);
-        return bits;
+    // Of the keys of a lane from `key` on, the bits of those that are candidates.
+    __device__ __forceinline__ uint32_t candidate_bits(int key) const {
+        const int before = max(first - key, 0), until = min(last, end * 8) - key;
+        const uint32_t bits = before < 32 ? ~0u << before : 0;
+        return until >= 32 ? bits : until > 0 ? bits & ~0u >> (32 - until) : 0;
     }
+    __device__ __forceinline__ bool all_candidates(int vector, int vectors) const {
+        return vector * 8 >= first && vector + vectors <= end && (vector + vectors) * 8 <= last;
+    }
+};
+
+// Copies of a part's keys that run ahead of the warp, and the stage that it looks at.
+class Stages {
+  public:
+    __device__ __forceinline__ Stages(const Part& part, uint32_t ring)
+        : vectors_(part.vectors), base_(part.begin), end_(part.end) {
+#pragma unroll
+        for (int s = 0; s < kStages; s++) {
+            stage_[s] = ring + s * kStageBytes;
+            copy(s * kStageVectors, stage_[s]);
+        }
+    }
+    __device__ __forceinline__ void wait() const {
+        wait_for_copies<kStages - 1>();
+        __syncwarp();
+    }
+    // The first of the stage's vectors, and the lane's own of them, and its keys.
+    __device__ __forceinline__ int base() const { return base_; }
+    __device__ __forceinline__ uint4 vector(int v) const { return load_piece(own() + v * 16); }
+    __device__ __forceinline__ uint32_t key(int i) const {
+        uint16_t x;
+        asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(own() + i * 2));
+        return x;
+    }
+    // On to the next stage; this one is filled anew.
+    __device__ __forceinline__ void advance() {
+        __syncwarp();  // all lanes have looked
+        copy(kStages * kStageVectors, stage_[0]);
+        const uint32_t used = stage_[0];
+#pragma unroll
+        for (int s = 0; s + 1 < kStages; s++) stage_[s] = stage_[s + 1];
+        stage_[kStages - 1] = used;
+        base_ += kStageVectors;
+    }
+
+  private:
+    __device__ __forceinline__ void copy(int ahead, uint32_t to) const {
+        const int lane = threadIdx.x & 31, vector = base_ + ahead + lane;
+#pragma unroll
+        for (int i = 0; i < kStageVectors; i += 32) {
+            if (vector + i < end_) copy_16_bytes(to + (lane + i) * 16, vectors_ + vector + i);
+        }
+        commit_copies();
+    }
+    __device__ __forceinline__ uint32_t own() const { return stage_[0] + (threadIdx.x & 31) * (kLaneVectors * 16); }
+
+    const uint4* vectors_;
+    int base_, end_;
+    uint32_t stage_[kStages];
 };
 
 // Of eight keys, the bits of those that are at least `bound`; all are float16 numbers and positive.
@@ -189,40 +95,66 @@ __device__ __forceinline__ uint32_t keys_from(const uint4& keys, uint32_t bound)
     return (bits | bits >> 16) & 0xff;
 }
 
-// Collect a warp's candidates in bins [least, most), in order; with `counted`, into the histogram too.  Returns their
-// number, of which at most `capacity` are held.
-__device__ inline uint32_t collect(const Part& part, uint32_t least, uint32_t most, bool counted, uint32_t* held,
-                                   uint32_t capacity, Shared& shared) {
+// The page numbers of a warp's part, copied into its stages when it has collected, while it waits for others.
+class Pages {
+  public:
+    __device__ Pages(const Arguments& a, const Part& part, uint32_t ring)
+        : a_(a), ring_(ring), first_(part.begin * 8 >> a.page_shift) {}
+
+    __device__ void copy(int row, const Part& part) const {
+        const int* from = a_.p.page_table + static_cast<int64_t>(row) * a_.p.pages_per_sequence + first_;
+        const int count = (min(part.end * 8, a_.max_length) - 1 >> a_.page_shift) + 1 - first_;
+        for (int i = threadIdx.x & 31; i < count; i += 32) copy_4_bytes(place(i), from + i);
+        commit_copies();
+    }
+    __device__ __forceinline__ void wait() const {
+        wait_for_copies<0>();
+        __syncwarp();
+    }
+    __device__ __forceinline__ int slot_of(int position) const {
+        int page;
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(page) : "r"(place((position >> a_.page_shift) - first_)));
+        return slot_in_page(a_, valid_page(a_, page), position);
+    }
+
+  private:
+    __device__ __forceinline__ uint32_t place(int i) const { return ring_ + i * 4; }
+
+    const Arguments& a_;
+    uint32_t ring_;
+    int first_;
+};
+
+// Collect a warp's candidates in bins from `least` on, in order; with `counted`, into the histogram too.  Returns their
+// number, of which at most the room's capacity are held.
+__device__ inline uint32_t collect(const Part& part, Stages& stages, uint32_t least, bool counted, const Room& room) {
     const int lane = threadIdx.x & 31;
-    const uint32_t low = least << 1 | least << 17, high = most << 1 | most << 17;
+    const uint32_t low = least << 1 | least << 17;
     uint32_t collected = 0;
-    for (int base = part.begin; base < part.end; base += 32 * kAhead) {
-        uint4 keys[kAhead];
+    for (; stages.base() < part.end; stages.advance()) {
+        stages.wait();
+        const int key = stages.base() * 8 + lane * kLaneKeys;
+        uint32_t wanted = 0;
+        if (key < part.end * 8) {
 #pragma unroll
-        for (int v = 0; v < kAhead; v++) {
-            const int at = base + v * 32 + lane;
-            keys[v] = at < part.end ? __ldg(part.vectors + at) : make_uint4(0, 0, 0, 0);
+            for (int v = 0; v < kLaneVectors; v++) wanted |= keys_from(stages.vector(v), low) << v * 8;
         }
-#pragma unroll
-        for (int v = 0; v < kAhead; v++) {
-            const int at = base + v * 32 + lane;
-            uint32_t wanted = 0;
-            if (at < part.end) {
-                wanted = keys_from(keys[v], low) & part.candidate_bits(at);
-                if (most < kBins) wanted &= ~keys_from(keys[v], high);
-            }
-            const uint32_t until = collected + inclusive_warp_sum(__popc(wanted));
-            uint32_t place = until - __popc(wanted);
-            for (; wanted; wanted &= wanted - 1) {
-                const int i = __ffs(wanted) - 1;
-                const uint32_t front = i & 2 ? keys[v].y : keys[v].x, back = i & 2 ? keys[v].w : keys[v].z;
-                const uint32_t word = i & 4 ? back : front, bin = bin_of(i & 1 ? word >> 16 : word);
-                const uint32_t offset = (at - part.origin) * 8 + i;
-                if (counted) atomicAdd(&shared.count[bin], 1u);
-                if (place < capacity) held[place++] = bin << kOffsetBits | (offset & kOffsets);
-            }
-            collected = __shfl_sync(~0u, until, 31);
+        if (!part.all_candidates(stages.base(), kStageVectors)) wanted &= part.candidate_bits(key);
+        const uint32_t until = collected + inclusive_warp_sum(__popc(wanted));
+        const uint32_t offset = key - part.origin * 8;
+        const auto take = [&](uint32_t bin, int i, uint32_t place) {
+            if (counted) atomicAdd(&room.count[min(bin - least, room.bins - 1u)], 1u);
+            if (place < room.capacity) room.held[place] = bin << kOffsetBits | (offset + i & kOffsets);
+        };
+        for (uint32_t place = until - __popc(wanted); wanted; place += 2) {  // two at once hide each other's latency
+            const uint32_t others = wanted & (wanted - 1);
+            const int first = __ffs(wanted) - 1, second = others ? __ffs(others) - 1 : first;
+            const uint32_t first_bin = bin_of(stages.key(first)), second_bin = bin_of(stages.key(second));
+            take(first_bin, first, place);
+            if (others) take(second_bin, second, place + 1);
+            wanted = others & (others - 1);
         }
+        collected = __shfl_sync(~0u, until, 31);
     }
     __syncwarp();
     return collected;
@@ -233,14 +165,16 @@ struct List {
     int row;
     int32_t* slots;
 
-    __device__ __forceinline__ void put(uint32_t place, int position) const {
-        const int slot = (read_page(a, row, position) << a.page_shift) + (position & (a.p.page_size - 1));
+    __device__ __forceinline__ int slot_of(int position) const {
+        return slot_in_page(a, read_page(a, row, position), position);
+    }
+    __device__ __forceinline__ void put(uint32_t place, int slot) const {
         if (place < static_cast<uint32_t>(a.list_stride)) slots[place] = slot;
     }
     // This block's part of the positions [first, last), from `place` on.
     __device__ void put_all(uint32_t place, int first, int last, int blocks, int block) const {
         for (int p = first + block * kThreads + threadIdx.x; p < last; p += blocks * kThreads)
-            put(place + p - first, p);
+            put(place + p - first, slot_of(p));
     }
 };
 
@@ -262,60 +196,68 @@ struct Progress {
 };
 
 // List a warp's collected tokens that are above the threshold or the first at it.
-__device__ inline void put_collected(const List& list, int origin, const uint32_t* held, uint32_t count,
-                                     uint32_t threshold, Progress& progress) {
-    const uint32_t below = (1u << (threadIdx.x & 31)) - 1;  // lanes before this one
+template <typename SlotOf>
+__device__ __forceinline__ void put_collected(const List& list, SlotOf slot_of, const uint32_t* held, uint32_t count,
+                                              uint32_t threshold, Progress& progress) {
+    const uint32_t lane = threadIdx.x & 31, below = (1u << lane) - 1;
+#pragma unroll 2
     for (uint32_t base = 0; base < count; base += 32) {
-        const uint32_t own = base + (threadIdx.x & 31);
-        const uint32_t entry = own < count ? held[own] : 0, bin = entry >> kOffsetBits;
-        const uint32_t tied = __ballot_sync(~0u, own < count && bin == threshold);
-        const bool first_tied = own < count && bin == threshold && __popc(tied & below) < progress.ties_left;
-        const bool taken = own < count && (bin > threshold || first_tied);
+        const bool exists = base + lane < count;
+        const uint32_t entry = exists ? held[base + lane] : 0, bin = entry >> kOffsetBits;
+        const int slot = exists ? slot_of(static_cast<int>(entry & kOffsets)) : 0;
+        const uint32_t tied = __ballot_sync(~0u, exists && bin == threshold);
+        const bool first_tied = bin == threshold && __popc(tied & below) < progress.ties_left;
+        const bool taken = exists && (bin > threshold || first_tied);
         const uint32_t all = __ballot_sync(~0u, taken);
-        if (taken) {
-            list.put(progress.place + __popc(all & below), origin * 8 + static_cast<int>(entry & kOffsets));
-        }
+        if (taken) list.put(progress.place + __popc(all & below), slot);
         progress.place += __popc(all);
         progress.ties_left -= min(progress.ties_left, __popc(tied));
     }
 }
 
-// Sum over the block of a number that all lanes of a warp share; `turn` counts the calls.
-__device__ __forceinline__ uint32_t block_sum(uint32_t value, int turn, Shared& shared) {
-    uint32_t* counts = shared.warp_count[turn & 1];
-    if ((threadIdx.x & 31) == 0) counts[threadIdx.x >> 5] = value;
-    __syncthreads();
-    return __reduce_add_sync(~0u, (threadIdx.x & 31) < kWarps ? counts[threadIdx.x & 31] : 0);
-}
+// The samples of a row that are candidates, or as many of them as are enough, spread over all threads.
+struct Samples {
+    static constexpr int kOwn = kMostSamples / kThreads;
+    int exist, taken;
+    uint32_t bin[kOwn];
+
+    __device__ __forceinline__ Samples(const Arguments& a, int64_t index, int first, int last) {
+        const int from = (first + kSampleTokens - 1) / kSampleTokens;
+        const uint16_t* keys = a.sample_key + index * (a.key_stride / kSampleTokens) + from;
+        exist = last / kSampleTokens - from;
+        taken = min(exist, kMostSamples);
+        const float step = static_cast<float>(exist) / taken;
+#pragma unroll
+        for (int i = 0; i < kOwn; i++) {
+            bin[i] = has(i) ? bin_of(__ldg(keys + static_cast<int>(number(i) * step))) / (kBins / kSampleBins) : 0;
+        }
+    }
+    __device__ __forceinline__ bool enough() const { return exist >= kLeastSamples; }
+    __device__ __forceinline__ bool has(int i) const { return number(i) < taken; }
+
+  private:
+    __device__ __forceinline__ int number(int i) const { return i * kThreads + static_cast<int>(threadIdx.x); }
+};
 
 // A bin that very likely holds, with all above it, at least the budget of a row's keys, and not many more.  All threads
-// must call it.
-__device__ inline uint32_t sample_bound(const uint16_t* samples, int first, int last, uint32_t among, uint32_t budget,
+// must call it; the histogram is zero before and after.
+__device__ inline uint32_t sample_bound(const Samples& samples, uint32_t among, uint32_t budget, uint32_t* count,
                                         Shared& shared) {
-    const int from = (first + kSampleTokens - 1) / kSampleTokens, exist = last / kSampleTokens - from;
-    if (exist < kLeastSamples) return 0;
-    constexpr int kOwn = kMostSamples / kThreads;
-    const int taken = min(exist, kMostSamples);
-    const float step = static_cast<float>(exist) / taken;
-    uint32_t bin[kOwn];
 #pragma unroll
-    for (int i = 0; i < kOwn; i++) {
-        const int sample = i * kThreads + threadIdx.x;
-        bin[i] = sample < taken ? bin_of(__ldg(samples + from + static_cast<int>(sample * step))) : 0;
+    for (int i = 0; i < Samples::kOwn; i++) {
+        if (samples.has(i)) atomicAdd(&count[samples.bin[i]], 1u);
     }
+    __syncthreads();
+    sum_bins(shared, count, kSampleBins, 1, 0);
+    __syncthreads();
     // Four standard deviations more than the budget's share of the sample.
-    const float share = static_cast<float>(budget) / among * taken;
+    const float share = static_cast<float>(budget) / among * samples.taken;
     const uint32_t wanted = static_cast<uint32_t>(share + 4.f * sqrtf(share)) + 4;
-    uint32_t bound = 0;
-    constexpr int kLowest = 2;  // finer bits are not worth their time
-#pragma unroll 1
-    for (int bit = kBins / 2, turn = 0; bit >= 1 << kLowest; bit /= 2, turn++) {
-        uint32_t count = 0;
+    if (threadIdx.x < 32) find_threshold(shared, count, 1, 0, wanted);
+    __syncthreads();
 #pragma unroll
-        for (int i = 0; i < kOwn; i++) count += __popc(__ballot_sync(~0u, bin[i] >= bound + bit));
-        if (block_sum(count, turn, shared) >= wanted) bound += bit;
-    }
-    return bound;
+    for (int i = 0; i < Samples::kOwn; i++) count[samples.bin[i]] = 0;
+    return shared.found.enclosed ? shared.found.bin * (kBins / kSampleBins) : 0;
 }
 
 // List the slots of head `index` of all items' selecting heads, this block its part of them, and return their number.
@@ -340,7 +282,8 @@ __device__ inline int select_slots(const Arguments& a, const Item& item, int64_t
         list_fixed();
         return listed;
     }
-    __syncthreads();  // the histogram is zero
+    const Samples samples(a, index, first, last);  // asked for before the keys
+    __syncthreads();                               // the histogram is zero
 
     const uint16_t* row = a.score_key + index * a.key_stride;
     const int first_vector = first / 8, last_vector = (last + 7) / 8, warp = threadIdx.x >> 5;
@@ -349,40 +292,52 @@ __device__ inline int select_slots(const Arguments& a, const Item& item, int64_t
     part.origin = min(last_vector, first_vector + block * share * kWarps);
     part.begin = min(last_vector, part.origin + warp * share);
     part.end = min(last_vector, part.begin + share);
-    const uint32_t capacity = a.select_capacity / kWarps;
-    uint32_t* held = shared.collected + warp * capacity;
-    uint32_t least = 0, most = kBins;
-    if (share * kWarps * 8 > kLeastTokens) {
-        least = sample_bound(a.sample_key + index * (a.key_stride / kSampleTokens), first, last, among, budget, shared);
-    }
-    if (threadIdx.x == 0) shared.incomplete = share * kWarps * 8 > 1 << kOffsetBits;
+    const bool bounded = samples.enough();
+    const Room room(shared, bounded, a.select_capacity);
+    Stages stages(part, room.ring);
+    const Pages pages(a, part, room.ring);
+    uint32_t least = bounded ? sample_bound(samples, among, budget, room.count, shared) : 0;
+    const bool numbered = share * kWarps * 8 <= 1 << kOffsetBits;
+    if (threadIdx.x == 0) shared.incomplete = !numbered;
     __syncthreads();
     arrive_at_cluster();
     uint32_t collected;
-    for (int round = 0; round < 2; round++) {
-        collected = collect(part, least, most, true, held, capacity, shared);
-        if (collected > capacity || most < kBins) shared.incomplete = 1;
+    Found found;
+    for (int round = 0;; round++) {
+        collected = collect(part, stages, least, true, room);
+        if (collected > room.capacity) shared.incomplete = 1;
+        if (numbered) pages.copy(item.row, part);
         __syncthreads();
         wait_for_cluster();  // all have begun, and none is still looking
-        sum_bins(shared, blocks, block);
+        sum_bins(shared, room.count, room.bins, blocks, block);
         __syncthreads();
         arrive_at_cluster();
-        if (most == kBins) list_fixed();
+        if (round == 0) list_fixed();
         wait_for_cluster();
-        if (threadIdx.x < 32) find_threshold(shared, blocks, block, budget);
+        if (threadIdx.x < 32) find_threshold(shared, room.count, blocks, block, budget);
         __syncthreads();
         arrive_at_cluster();
-        if (shared.found.enclosed) break;
-        most = least;  // the sample misled: count all others too
-        least = 0;
+        found = shared.found;
+        const uint32_t beyond = room.bins - 1;  // keys that are not told apart
+        const bool above = found.enclosed && found.bin == beyond, below = !found.enclosed && least > 0;
+        if (round == kMostRounds || !bounded || (!above && !below)) break;
+        // The sample misled: the same with a bound such that the last bin begins, or ends, where the present ones do.
+        least = above ? least + beyond : least > beyond ? least - beyond : 0;
+        wait_for_cluster();
+        for (int i = threadIdx.x; i < room.bins; i += kThreads) room.count[i] = 0;
+        pages.wait();
+        stages = Stages(part, room.ring);
+        __syncthreads();
+        arrive_at_cluster();
     }
+    found.bin += least;
 
     // A warp's part of the list is what it has collected; where that was too much to be held, it collects once more, so
     // many vectors at a time as can be held in any case: first to count, then to list.
-    const Found found = shared.found;
     const bool complete = !shared.incomplete;
-    const int piece_vectors = complete ? share : static_cast<int>(capacity / 8), lane = threadIdx.x & 31;
+    const int piece_vectors = complete ? share : static_cast<int>(room.capacity / 8), lane = threadIdx.x & 31;
     Progress progress{0, 0};
+    pages.wait();
     uint32_t own_above = 0, own_tied = 0;
     for (int phase = 0; phase < 2; phase++) {
         for (int begin = part.begin; begin < part.end; begin += piece_vectors) {
@@ -390,14 +345,24 @@ __device__ inline int select_slots(const Arguments& a, const Item& item, int64_t
             if (!complete) {
                 piece.origin = piece.begin = begin;
                 piece.end = min(part.end, begin + piece_vectors);
-                collected = collect(piece, found.bin, kBins, false, held, capacity, shared);
+                Stages of_piece(piece, room.ring);
+                collected = collect(piece, of_piece, found.bin, false, room);
             }
             if (phase == 0) {
-                const uint32_t own = count_collected(held, collected, found.bin);
+                const uint32_t own = count_collected(room.held, collected, found.bin);
                 own_above += own & 0xffff;
                 own_tied += own >> 16;
             } else {
-                put_collected(list, piece.origin, held, collected, found.bin, progress);
+                const int origin = piece.origin * 8;
+                if (complete) {
+                    put_collected(
+                        list, [&](int offset) { return pages.slot_of(origin + offset); }, room.held, collected,
+                        found.bin, progress);
+                } else {
+                    put_collected(
+                        list, [&](int offset) { return list.slot_of(origin + offset); }, room.held, collected,
+                        found.bin, progress);
+                }
             }
             __syncwarp();
         }
@@ -423,8 +388,8 @@ struct Selected {
 
 // A kernel's beginning: select for the head that this block's place in the grid names.  False: its item is not sparse.
 __device__ inline bool select_head(const Arguments& a, Shared& shared, Selected& head) {
-    for (int i = threadIdx.x; i < kBins / 4; i += kThreads) {
-        reinterpret_cast<uint4*>(shared.count)[i] = make_uint4(0, 0, 0, 0);
+    for (int i = threadIdx.x; i < kZeroed / 4; i += kThreads) {
+        reinterpret_cast<uint4*>(shared.pool)[i] = make_uint4(0, 0, 0, 0);
     }
     wait_for_previous_kernel();
     head.item = a.item[blockIdx.z];

@@ -79,8 +79,8 @@ class Copies {
             for (int i = 0; i < kPieces; i++) {
                 const int slot = __shfl_sync(~0u, slot_, turn + i * R::kAtOnce + (threadIdx.x & 31) / R::kLanes);
                 const int64_t row = cache_index(a_, slot, kv_head_) * R::kPiecesEach;
-                copy_16_bytes(to + i * (kThreads * 16), keys_ + row);
-                copy_16_bytes(to + (kPieces + i) * (kThreads * 16), values_ + row);
+                copy_16_bytes(to + i * (kThreads * 16), keys_ + row, cache_policy_);
+                copy_16_bytes(to + (kPieces + i) * (kThreads * 16), values_ + row, cache_policy_);
             }
             at_ += R::kStep;
         }
@@ -95,6 +95,7 @@ class Copies {
     }
 
     const Arguments& a_;
+    uint64_t cache_policy_ = read_once_policy();
     const uint4 *keys_, *values_;
     const int32_t* slots_;
     int kv_head_, at_, begin_, end_, slot_ = 0, next_;
@@ -193,8 +194,8 @@ __global__ __launch_bounds__(kThreads, 2) void select_attend_kernel(const __grid
     if (!select::select_head(a, *reinterpret_cast<select::Shared*>(dynamic), head)) return;
     // The list is whole, and nobody reads histograms any more.
     __syncthreads();
-    select::arrive_at_cluster();
-    select::wait_for_cluster();
+    arrive_at_cluster();
+    wait_for_cluster();
 
     const int blocks = gridDim.x, block = blockIdx.x;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, d = threadIdx.x;
@@ -220,15 +221,15 @@ __global__ __launch_bounds__(kThreads, 2) void select_attend_kernel(const __grid
     if (d < SIZE) {
         const float3 mine = of_warps.combine(kWarps, d);
         const auto tell = [&](float* to, float x) {
-            select::store_to_block(reinterpret_cast<uint32_t*>(to), 0, __float_as_uint(x));
+            store_to_block(reinterpret_cast<uint32_t*>(to), 0, __float_as_uint(x));
         };
         tell(&of_blocks.output[block][d], mine.z);
         if (d == 0) tell(&of_blocks.maximum[block], mine.x), tell(&of_blocks.sum[block], mine.y);
     }
     __syncthreads();
-    select::arrive_at_cluster();
+    arrive_at_cluster();
     if (block != 0) return;
-    select::wait_for_cluster();
+    wait_for_cluster();
     if (d < SIZE) {
         const float3 all = of_blocks.combine(blocks, d);
         static_cast<T*>(a.p.output)[query * SIZE + d] = from_float<T>(all.y > 0.f ? all.z / all.y : 0.f);

@@ -129,7 +129,7 @@ int32_t check_pointers(const SocketTrtAttentionParams& p) {
 
 // The current device; where there is none, an H200 without an ordinal, so that sizes can be asked for anywhere.
 cudaError_t current_device(Device& device) {
-    device = Device{-1, 90, 132, 232448};
+    device = Device{-1, 90, 132, 232448, 50 << 20};
     int ordinal;
     cudaError_t status = cudaGetDevice(&ordinal);
     if (status != cudaSuccess) return status;
@@ -140,7 +140,8 @@ cudaError_t current_device(Device& device) {
     } attributes[] = {{&major, cudaDevAttrComputeCapabilityMajor},
                       {&minor, cudaDevAttrComputeCapabilityMinor},
                       {&device.multiprocessors, cudaDevAttrMultiProcessorCount},
-                      {&device.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin}};
+                      {&device.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin},
+                      {&device.cache, cudaDevAttrL2CacheSize}};
     for (const auto& attribute : attributes) {
         status = cudaDeviceGetAttribute(attribute.to, attribute.what, ordinal);
         if (status != cudaSuccess) return status;
