@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from socket_trt.engine.build import BuildOptions, build_engine
 from socket_trt.engine.compile import load_network
 from socket_trt.engine.manifest import EngineDirectory
 from socket_trt.models.checkpoint import resolve_model
-from socket_trt.onnx import joined
 from socket_trt.onnx.function import function_body
 from socket_trt.onnx.joined import parts_of
 from socket_trt.onnx.network import NetworkGraph, network_graph
@@ -102,20 +100,12 @@ def test_every_projection_is_a_transposed_weight_with_a_leading_one() -> None:
         assert list(weight.shape) == [1, sum(rows for rows, _ in shapes), shapes[0][1]]
 
 
-def test_products_of_the_same_activations_are_joined_where_a_weight_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_of_the_same_activations_are_joined() -> None:
     """The output projection and the one down have activations of their own; the head's weight is the embedding's."""
     engine = EngineDirectory.open(tiny_engine("float16"))
-
-    def joint() -> set[tuple[str, ...]]:
-        names_of = [parts_of(name) for name in load_network(engine, 8).weights]
-        return {tuple(part.split(".")[-2] for part in parts) for parts in names_of if len(parts) > 1}
-
-    assert joint() == {("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")}
-    attention = engine.manifest.weights.tensors["model.layers.0.self_attn.k_proj.weight"]
-    monkeypatch.setattr(joined, "SMALL_BYTES", 2 * math.prod(attention.shape) + 1)
-    assert joint() == {("q_proj", "k_proj", "v_proj")}
-    monkeypatch.setattr(joined, "SMALL_BYTES", 2 * math.prod(attention.shape))
-    assert joint() == set()
+    names_of = [parts_of(name) for name in load_network(engine, 8).weights]
+    joint = {tuple(part.split(".")[-2] for part in parts) for parts in names_of if len(parts) > 1}
+    assert joint == {("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")}
 
 
 def small_products(places: list[int], transposed_twice: bool = False) -> ir.Model:

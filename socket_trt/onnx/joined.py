@@ -1,8 +1,8 @@
-"""Small matrix products of the same activations as one: above all the projections to queries, keys and values.
+"""Matrix products of the same activations as one: the projections to queries, keys and values, an MLP's gate and up.
 
-A step of few tokens reads every weight once and does little else, and a product with a small weight is over before the
-memory is busy.  The rows of a joint weight are its parts' rows, one part after another: a joint input needs no copy of
-them, only that its parts lie side by side.
+A step of few tokens reads every weight once and does little else, and it takes each product a while until the memory is
+busy.  The rows of a joint weight are its parts' rows, one part after another: a joint input needs no copy of them, only
+that its parts lie side by side.  Nor does the split behind the product: what comes after it reads its part in place.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ import onnx_ir as ir
 from socket_trt.onnx.initializers import add_integers
 
 _SEPARATOR = "+"  # in no name that PyTorch gives a parameter
-# A group of products is joined where one of its weights is smaller than so many bytes of float16.  Larger ones are read
-# at full speed as they are, and what comes out of them would be more to split.
-SMALL_BYTES = 32 << 20
 
 
 def parts_of(name: str) -> tuple[str, ...]:
@@ -41,7 +38,7 @@ def join_products(graph: ir.Graph, weights: Sequence[ir.Value], alone: Collectio
     joint: list[ir.Value] = []
     parts: set[ir.Value] = set()
     for products in groups.values():
-        if len(products) > 1 and min(2 * product.rows * product.columns for product in products) < SMALL_BYTES:
+        if len(products) > 1:
             joint.append(_join(graph, products))
             parts.update(product.weight for product in products)
     return [*(weight for weight in weights if weight not in parts), *joint]

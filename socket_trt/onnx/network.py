@@ -43,7 +43,7 @@ def network_graph(model: ir.Model, opset17: bool = False) -> NetworkGraph:
 
     External initializers become inputs; a cast from the checkpoint's dtype behind one goes.  A weight that is, transposed,
     the right operand of a product with three axes gets a leading axis of one: TensorRT then needs no reshape between them.
-    Small products of the same activations become one.
+    Products of the same activations become one.
     """
     model.functions.clear()
     if opset17 and model.graph.opset_imports[""] > 17:
