@@ -38,7 +38,7 @@ static_assert(kMostUnbounded / kWarps <= 32 * 8, "a vector of eight a lane");
 
 // Where the budget ends.
 struct Found {
-    uint32_t bin;
+    uint32_t bin;           // in the histogram
     uint32_t above;         // keys in higher bins
     uint32_t above_before;  // of them, those of the blocks before this one
     uint32_t ties_before;   // those blocks' keys in the bin itself
