@@ -115,14 +115,17 @@ def test_equal_scores_go_to_the_lower_position() -> None:
         assert positions == [*range(sink + budget), *range(30001 - window, 30001)]
 
 
-def test_a_sample_that_misleads() -> None:
-    """The tokens whose keys the scoring kernel keeps as a sample are the best ones, and fewer than the budget."""
+@pytest.mark.parametrize("factor", [50, 1e-3])
+def test_a_sample_that_misleads(factor: float) -> None:
+    """The tokens whose keys the scoring kernel keeps as a sample are the best, and fewer than the budget; or the worst, so
+    far below the others that a histogram from their keys on does not tell those apart.
+    """
     config = config_of(page_size=128, tables=60, planes=8, budget_permille=30)
     step = long_step([(70000, 1)], config, query_heads=4, kv_heads=1, head_size=64, dtype=torch.float16, seed=3)
     unit = torch.arange(70001 // 128, device="cuda")
     part = torch.cat([unit * 3 % 4, unit * 3 % 4 + 4])  # of a unit's eight parts of 16 tokens, two are sampled
     sampled = unit.repeat(2) * 128 + part * 16 + (unit.repeat(2) // 4 % 2) * 8
-    step.norm_cache[step.page_table[0, sampled // 128].long(), 0, sampled % 128] *= 50
+    step.norm_cache[step.page_table[0, sampled // 128].long(), 0, sampled % 128] *= factor
     check(step)
 
 
