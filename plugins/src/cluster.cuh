@@ -3,7 +3,7 @@
 #ifndef SOCKET_TRT_CLUSTER_CUH_
 #define SOCKET_TRT_CLUSTER_CUH_
 
-#include <cstdint>
+#include "device.cuh"
 
 namespace socket_trt {
 
@@ -24,7 +24,7 @@ __device__ __forceinline__ void wait_for_cluster() {
 #if __CUDA_ARCH__ >= 900
 // Address of another block's shared memory, at the place where `here` is in this block's.
 __device__ __forceinline__ uint32_t address_in_block(const void* here, int block) {
-    uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(here));
+    uint32_t address = shared_address(here);
     asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(block));
     return address;
 }

@@ -38,8 +38,24 @@ __device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t pair) {
     return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
 
-// Asynchronous copies of 16 or 4 bytes into shared memory, in groups that each thread ends by itself, and what takes
-// them.
+// A place in shared memory, as instructions name it.
+__device__ __forceinline__ uint32_t shared_address(const void* place) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(place));
+}
+__device__ __forceinline__ uint32_t load_word(uint32_t address) {
+    uint32_t x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address));
+    return x;
+}
+__device__ __forceinline__ uint4 load_piece(uint32_t address) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(address));
+    return x;
+}
+
+// Asynchronous copies of 16 or 4 bytes into shared memory, in groups that each thread ends by itself.
 __device__ __forceinline__ void copy_16_bytes(uint32_t to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
 }
@@ -57,13 +73,6 @@ __device__ __forceinline__ void commit_copies() {
 template <int LEFT>
 __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
-}
-__device__ __forceinline__ uint4 load_piece(uint32_t address) {
-    uint4 x;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "r"(address));
-    return x;
 }
 
 // What a copy may ask of the L2 cache: to let go of the data before others, as what is read only once; or nothing.
@@ -131,8 +140,8 @@ __device__ __forceinline__ Item read_item(const Arguments& a, int index) {
 }
 
 // A page number, or the null page where the table holds nonsense.
-__device__ __forceinline__ int valid_page(const Arguments& a, int page) {
-    return static_cast<uint32_t>(page) < static_cast<uint32_t>(a.p.pages) ? page : 0;
+__device__ __forceinline__ uint32_t valid_page(const Arguments& a, uint32_t page) {
+    return page < static_cast<uint32_t>(a.p.pages) ? page : 0;
 }
 // Page that holds `position` of sequence `row`.
 __device__ __forceinline__ int read_page(const Arguments& a, int row, int position) {

@@ -16,6 +16,9 @@ struct Device {
     int cache;          // bytes of the L2 cache
 };
 
+// Bytes of shared memory that the system takes of every block, in front of the block's own.
+constexpr int kSystemShared = 1024;
+
 // How scoring is laid out for given shapes.
 struct ScorePlan {
     int columns;  // hash tables that one pass looks up; 0: the kernel for many planes

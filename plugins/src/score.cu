@@ -23,7 +23,6 @@ namespace {
 constexpr int kMaxWarps = 16;
 constexpr int kStages = 2;
 constexpr int kStageBytes = kGroup * 128;
-constexpr int kSystemShared = 1024;  // where a block's own shared memory begins
 constexpr int kStaticShared = 1024;  // at most
 // With 64 columns the table lies on a multiple of its size, so that one byte permutation makes an entry's address.
 constexpr int kAlignedTable = 65536;
@@ -48,12 +47,6 @@ struct Places {
     }
     __host__ __device__ uint32_t end() const { return sides() + sizeof(Sides<CODE_BYTES, COLUMNS>); }
 };
-
-__device__ __forceinline__ uint32_t load_word(uint32_t address) {
-    uint32_t x;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address));
-    return x;
-}
 
 // What a block scores: an item, and which of the parts that its tokens are split into.
 struct Share {
@@ -131,9 +124,6 @@ class Walk {
         const int at = position(unit, part);
         return unit < last_ && at < a_.max_length ? __ldg(table_row_ + (at >> a_.page_shift)) : 0;
     }
-    __device__ __forceinline__ uint32_t checked(int page) const {
-        return static_cast<uint32_t>(page) < static_cast<uint32_t>(a_.p.pages) ? page : 0;
-    }
 
     // Position up to which the next stage holds codes.
     __device__ __forceinline__ int end() const { return position(unit_, 8); }
@@ -168,7 +158,7 @@ class Walk {
     // Where this lane's pieces of a unit begin: eight lanes copy a row of 128 bytes, four rows at a time.
     __device__ __forceinline__ const char* piece_of(int unit, int page) const {
         static_assert(16 / CODE_BYTES == L::kQuadTokens, "a piece of 16 bytes is a part of a unit");
-        return head_ + checked(page) * page_bytes_ +
+        return head_ + valid_page(a_, page) * page_bytes_ +
                (position(unit, threadIdx.x & 7) & (a_.p.page_size - 1)) * CODE_BYTES;
     }
     template <typename Wanted>
@@ -282,7 +272,7 @@ __global__ __launch_bounds__(kMaxWarps * 32, 1) void score_kernel(const __grid_c
     if (a.items == 1) start_next_kernel();
 
     // Where things lie.
-    const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    const uint32_t base = shared_address(shared);
     if (base < kSystemShared || base > kSystemShared + kStaticShared) __trap();
     const Places<CODE_BYTES, COLUMNS> places{base, warps * kStages};
     const uint32_t table = places.table();
@@ -329,7 +319,7 @@ __global__ __launch_bounds__(kMaxWarps * 32, 1) void score_kernel(const __grid_c
         for (int unit = first_unit + warp; unit < last_unit; unit += warps) {
             const int at = begin + unit * L::kUnit + own_token;
             Norms<L::kOwnTokens> norms;
-            const int64_t page_head = static_cast<int64_t>(walk.checked(norm_page)) * a.p.kv_heads + kv_head;
+            const int64_t page_head = static_cast<int64_t>(valid_page(a, norm_page)) * a.p.kv_heads + kv_head;
             norms.load(static_cast<const uint16_t*>(a.p.norm_cache) + (page_head << a.page_shift) +
                        (at & (a.p.page_size - 1)));
             norm_page = walk.load_page(unit + warps, g);

@@ -15,7 +15,6 @@ __global__ __launch_bounds__(select::kThreads, 2) void select_kernel(const __gri
 }  // namespace
 
 int plan_select_capacity(const Device& device) {
-    constexpr int kSystemShared = 1024;  // that every block takes besides
     const auto room = [&](int blocks) {
         const int bytes = (device.shared_memory + kSystemShared) / blocks - kSystemShared;
         return (bytes - static_cast<int>(sizeof(select::Shared))) / 4 / select::kWarps * select::kWarps;

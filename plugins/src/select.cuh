@@ -112,8 +112,7 @@ class Pages {
         __syncwarp();
     }
     __device__ __forceinline__ int slot_of(int position) const {
-        int page;
-        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(page) : "r"(place((position >> a_.page_shift) - first_)));
+        const uint32_t page = load_word(place((position >> a_.page_shift) - first_));
         return slot_in_page(a_, valid_page(a_, page), position);
     }
 

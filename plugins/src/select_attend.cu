@@ -108,7 +108,7 @@ __device__ Attended attend(const Arguments& a, int64_t query_row, int kv_head, c
                            char* shared) {
     using R = Rows<SIZE>;
     const int lane = threadIdx.x & 31, piece = lane % R::kLanes, group = lane / R::kLanes;
-    const uint32_t ring = static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + threadIdx.x * 16;
+    const uint32_t ring = shared_address(shared) + threadIdx.x * 16;
     Copies<SIZE> copies(a, kv_head, slots, begin, end, ring);
 #pragma unroll
     for (int stage = 0; stage < kStages; stage++) copies.copy(stage);

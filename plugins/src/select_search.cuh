@@ -80,7 +80,7 @@ struct Room {
             capacity = kMostUnbounded / kWarps;
             held = shared.collected + kWarps * kUnboundedRingWords + warp * capacity;
         }
-        ring = static_cast<uint32_t>(__cvta_generic_to_shared(stages));
+        ring = shared_address(stages);
     }
 };
 constexpr int kLeastCapacity = kWarps * kUnboundedRingWords + kMostUnbounded;
