@@ -66,12 +66,13 @@ for softcap, window in ((0.0, -1), (2.0, -1), (0.0, 20)):
     slots[1, :, :13] = page_table[1, chosen // SIZE] * SIZE + chosen % SIZE
     counts = torch.zeros(3, HQ, dtype=torch.int32)
     counts[1] = 13
+    past, starts = torch.tensor([50, 29, 0], dtype=torch.int32), torch.tensor([0, 1, 2, 2], dtype=torch.int32)
     for sparse, sets, combine in ((False, HKV, False), (True, HQ, False), (True, HQ, True)):
         parts = torch.full((3, HQ, 3, D), float("nan"))
         stats = torch.full((3, HQ, 3, 2), float("nan"))
         arrived, output = torch.zeros(3, sets, dtype=torch.int32), torch.full_like(query, float("nan"))
         decode_attention[(3, sets, 3)](
-            query, key_cache, value_cache, page_table, items, slots, counts, parts, stats, arrived, output, scale, softcap, window, 3,
+            query, key_cache, value_cache, page_table, past, starts, items, slots, counts, parts, stats, arrived, output, scale, softcap, window, 0, 3,
             HQ, HKV, HQ // sets, PAGES, 5, 4, 64, 3,
             SPARSE=sparse, HEAD_SIZE=D, BLOCK_D=D, BLOCK_N=16, COMBINE=combine, OVERLAPPED=False,
         )

@@ -19,6 +19,21 @@ struct Device {
 // Bytes of shared memory that the system takes of every block, in front of the block's own.
 constexpr int kSystemShared = 1024;
 
+// Into how many parts, at most `most`, to divide each of `lanes` pieces of work, so that with `slots` parts at once all
+// is done soonest.  `start` is what a part takes beside its share of the piece's `work`.
+inline int best_parts(int64_t lanes, int64_t slots, int64_t most, double work, double start) {
+    double best = 1e30;
+    int best_parts = 1;
+    for (int parts = 1; parts <= most; parts++) {
+        const double time = (lanes * parts + slots - 1) / slots * (work / parts + start);
+        if (time < best * 0.999) {
+            best = time;
+            best_parts = parts;
+        }
+    }
+    return best_parts;
+}
+
 // How scoring is laid out for given shapes.
 struct ScorePlan {
     int columns;  // hash tables that one pass looks up; 0: the kernel for many planes

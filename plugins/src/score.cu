@@ -12,6 +12,8 @@
 // Warps work alone.  Each has a ring of stages in shared memory, a stage being the codes of a unit of tokens in 32 hash
 // tables, filled by asynchronous copies of 16 bytes whatever the page size.  Rows of a stage are rotated by pieces of
 // 16 bytes so that the lanes of a load find their pieces in different banks.
+#include <algorithm>
+
 #include "device.cuh"
 #include "launchers.h"
 #include "mma.cuh"
@@ -431,21 +433,13 @@ ScorePlan plan_score(const Arguments& a, const Device& device) {
                       : a.p.planes_per_table <= 10 ? try_plan<2, 32>(a, device, plan)
                                                    : false;
     if (!fits) return plan_score_wide(a);
-    // One block fills a multiprocessor: as many parts of an item as leave the fewest multiprocessors idle.
     const int64_t lanes = static_cast<int64_t>(a.items) * a.p.kv_heads * plan.head_blocks;
     const int units = (a.max_length + kScoreUnit - 1) / kScoreUnit;
-    double best = 1e30;
-    int best_parts = 1;
-    for (int parts = 1; parts <= device.multiprocessors && parts <= units; parts++) {
-        const int64_t waves = (lanes * parts + device.multiprocessors - 1) / device.multiprocessors;
-        // In tokens' time: the tokens of a part, and what starting a block costs.
-        const double time = waves * (static_cast<double>(a.max_length) / parts + 3072.0 * plan.passes);
-        if (time < best * 0.999) {
-            best = time;
-            best_parts = parts;
-        }
-    }
-    plan.slots = a.items * best_parts;
+    // One block fills a multiprocessor.  What it costs to start one, in tokens.
+    const double start = 3072.0 * plan.passes;
+    const int parts =
+        best_parts(lanes, device.multiprocessors, std::min(device.multiprocessors, units), a.max_length, start);
+    plan.slots = a.items * parts;
     plan.partial_bytes = plan.passes > 1 ? lanes * a.key_stride * 8 : 0;
     const int64_t code_bytes = static_cast<int64_t>(a.items) * a.p.kv_heads * a.max_length * a.p.tables * a.code_bytes;
     plan.codes_leave_first = code_bytes <= 4 * static_cast<int64_t>(device.cache);

@@ -1,4 +1,5 @@
 // SocketAttention: the checks, the workspace, and the order of the stages.  The C interface ends here.
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -151,14 +152,26 @@ cudaError_t current_device(Device& device) {
     return cudaSuccess;
 }
 
-// Programs that attend to one item and set of heads: two for each multiprocessor, which hold the bytes in flight that
-// memory needs, and none with less than `least` tokens.
-int plan_splits(const Device& device, int64_t sets, int64_t tokens, int least) {
-    if (sets < 1) return 1;  // a step without tokens
-    const int64_t wanted = 2 * device.multiprocessors / sets;
-    const int64_t most = (tokens + least - 1) / least;
-    const int64_t splits = wanted < most ? wanted : most;
-    return static_cast<int>(splits < 1 ? 1 : splits > kMaxSplits ? kMaxSplits : splits);
+// The kernel that attends densely.
+const char* dense_kernel(const SocketTrtAttentionParams& p) {
+    return p.page_size >= 64 ? "decode_dense_64" : "decode_dense_16";
+}
+
+// Programs of the dense kernel that a multiprocessor has room for.
+int dense_programs(const SocketTrtAttentionParams& p, const Device& device) {
+    constexpr int kMost = 4;  // as far as registers go for any head size
+    const EmbeddedKernel* kernel = find_kernel(dense_kernel(p), p.dtype, p.head_size, device.architecture);
+    const int each = kernel == nullptr ? device.shared_memory : kernel->shared_memory + kSystemShared;
+    return std::clamp((device.shared_memory + kSystemShared) / each, 1, kMost);
+}
+
+// Parts of `tokens` that one item and set of heads is attended to in, none of less than `least`, where a multiprocessor
+// has `programs` at once.
+int plan_splits(const Device& device, int programs, int64_t sets, int64_t tokens, int least) {
+    if (sets < 1) return 1;      // a step without tokens
+    constexpr int kStart = 256;  // what it costs to start one, in tokens
+    const int64_t most = std::min<int64_t>((tokens + least - 1) / least, kMaxSplits);
+    return best_parts(sets, programs * device.multiprocessors, most, static_cast<double>(tokens), kStart);
 }
 
 // Hands out the workspace piece by piece; with a null base it only counts.
@@ -205,8 +218,11 @@ int32_t make_plan(const SocketTrtAttentionParams& p, const Device& device, Plan&
     if (listed > length) listed = length;
     a.key_stride = static_cast<int32_t>((length + kScoreUnit - 1) / kScoreUnit * kScoreUnit);
     a.list_stride = static_cast<int32_t>((listed + 63) / 64 * 64);
-    a.dense_splits = plan_splits(device, static_cast<int64_t>(a.items) * p.kv_heads, length, 256);
-    a.sparse_splits = a.sparse ? plan_splits(device, static_cast<int64_t>(a.items) * a.select_heads, listed, 128) : 0;
+    const int64_t dense_sets = static_cast<int64_t>(a.items) * p.kv_heads;
+    const int64_t sparse_sets = static_cast<int64_t>(a.items) * a.select_heads;
+    a.dense_splits = plan_splits(device, dense_programs(p, device), dense_sets, length, 256);
+    // A third sparse program would find room, too, but lists are no faster in more parts.
+    a.sparse_splits = a.sparse ? plan_splits(device, 2, sparse_sets, listed, 128) : 0;
 
     if (a.sparse && a.items > 0) {
         plan.score = plan_score(a, device);
@@ -239,17 +255,17 @@ cudaError_t launch_decode(const Arguments& a, const Device& device, bool sparse,
     const int32_t sets = sparse ? a.select_heads : a.p.kv_heads;
     const int32_t together = a.p.query_heads / sets;
     const int32_t split_stride = a.dense_splits > a.sparse_splits ? a.dense_splits : a.sparse_splits;
-    const char* name = sparse                ? a.combined ? "decode_sparse_alone" : "decode_sparse"
-                       : a.p.page_size >= 64 ? "decode_dense_64"
-                                             : "decode_dense_16";
+    const char* name = !sparse ? dense_kernel(a.p) : a.combined ? "decode_sparse_alone" : "decode_sparse";
     const dim3 grid(sparse ? a.sparse_splits : a.dense_splits, sets, a.items);
     const SocketTrtAttentionParams& p = a.p;
+    const int32_t min_length = a.sparse ? p.min_length : INT32_MAX;
     return launch_embedded(
         name, p.dtype, p.head_size, device, grid, a.overlapped != 0, stream,
-        {&p.query,   &p.key_cache,          &p.value_cache,   &p.page_table,  &a.item,      &a.slot,
-         &a.listed,  &a.partial_output,     &a.partial_stats, &a.arrived,     &p.output,    &p.scale,
-         &p.softcap, &p.sliding_window,     &p.tokens,        &p.query_heads, &p.kv_heads,  &together,
-         &p.pages,   &p.pages_per_sequence, &a.page_shift,    &a.list_stride, &split_stride});
+        {&p.query,       &p.key_cache, &p.value_cache, &p.page_table,     &p.past_length,        &p.query_start,
+         &a.item,        &a.slot,      &a.listed,      &a.partial_output, &a.partial_stats,      &a.arrived,
+         &p.output,      &p.scale,     &p.softcap,     &p.sliding_window, &min_length,           &p.tokens,
+         &p.query_heads, &p.kv_heads,  &together,      &p.pages,          &p.pages_per_sequence, &a.page_shift,
+         &a.list_stride, &split_stride});
 }
 
 cudaError_t launch_prefill(const Arguments& a, const Device& device, cudaStream_t stream) {

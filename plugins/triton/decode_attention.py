@@ -27,6 +27,8 @@ def decode_attention(
     key_cache,
     value_cache,
     page_table,
+    past_length,
+    query_start,
     items,
     slots,
     listed,
@@ -37,6 +39,7 @@ def decode_attention(
     scale,
     softcap,
     sliding_window,
+    min_length,
     tokens,
     query_heads,
     kv_heads,
@@ -55,25 +58,38 @@ def decode_attention(
 ):
     """Grid: parts of the tokens, sets of heads that share them, items.
 
-    query [Hq, N, D]; key_cache, value_cache [P, Hkv, page_size, D]; items int32 [items, 4] (row, token, length, mode);
+    query [Hq, N, D]; key_cache, value_cache [P, Hkv, page_size, D]; page_table, past_length and query_start as the
+    operator's; min_length too, or the largest integer where no sequence is sparse;
+    items int32 [items, 4] (row, token, length, mode);
     slots int32 [items, sets, list_stride]; listed int32 [items, sets], their number;
     partial_output [items, Hq, split_stride, D]; partial_stats [items, Hq, split_stride, 2].
     COMBINE (only where every head has its own tokens): the last program of a head combines its parts, counting in
     arrived int32 [items, sets], and writes output [Hq, N, D].
-    OVERLAPPED: the kernel may begin before those that it depends on have ended.
+    OVERLAPPED: the kernel may begin before those that it depends on have ended.  A dense program waits for them as late
+    as it can: it finds its item by itself where that is plain, and of the cache only this step's token is not there yet.
     """
-    if OVERLAPPED:
-        gdc_wait()
     split = tl.program_id(0)
     splits = tl.num_programs(0)
     head_set = tl.program_id(1)
     item = tl.program_id(2)
-    mode = tl.load(items + item * 4 + 3)
+    waits_late: tl.constexpr = OVERLAPPED and not SPARSE
+    plain = False
+    if waits_late:  # the sequence of the item's number has one token, of that number
+        plain = (tl.load(query_start + item) == item) & (tl.load(query_start + item + 1) == item + 1)
+    if plain:
+        row, token = item, item
+        most = pages_per_sequence << page_shift
+        length = tl.minimum(tl.minimum(tl.maximum(tl.load(past_length + item), 0), most) + 1, most)
+        mode = tl.where(length > min_length, ITEM_SPARSE, ITEM_DENSE)
+    else:
+        if OVERLAPPED:
+            gdc_wait()
+        row, token = tl.load(items + item * 4), tl.load(items + item * 4 + 1)
+        length, mode = tl.load(items + item * 4 + 2), tl.load(items + item * 4 + 3)
     if mode != (ITEM_SPARSE if SPARSE else ITEM_DENSE):
+        if OVERLAPPED:
+            gdc_wait()  # who waits for this kernel's end relies on that of those before it, too
         return
-    row = tl.load(items + item * 4)
-    token = tl.load(items + item * 4 + 1)
-    length = tl.load(items + item * 4 + 2)
     kv_head = head_set * heads_together // (query_heads // kv_heads)
     place_mask = (1 << page_shift) - 1
 
@@ -93,6 +109,8 @@ def decode_attention(
         share = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_N) * BLOCK_N  # tiles stay inside pages
     begin += split * share
     end = tl.minimum(end, begin + share)
+    if waits_late and end == length:  # this step's token is in this part
+        gdc_wait()
 
     heads = tl.arange(0, 16)
     d = tl.arange(0, BLOCK_D)
@@ -126,6 +144,8 @@ def decode_attention(
         scores = tl.where(valid[None, :], scores * LOG2_E, float("-inf"))
         weights, sums, maximum = accumulate(weights, v, sums, maximum, scores)
 
+    if waits_late:
+        gdc_wait()
     part = (item.to(tl.int64) * query_heads + head) * split_stride + split
     tl.store(partial_stats + part * 2, maximum, mask=exists)
     tl.store(partial_stats + part * 2 + 1, weights, mask=exists)
@@ -177,7 +197,7 @@ def variants(architecture: int, head_size: int) -> Iterable[Variant]:
             Config({**constants, "BLOCK_N": n}, 4, stages)
             for n in (block, block // 2)
             if n >= 16
-            for stages in (5, 4, 3, 1)  # the page numbers' load takes one, so that 5 keep three tiles
+            for stages in (5, 4, 3, 1)  # 5 keep two tiles, as loads wait for page numbers
         )
 
     yield Variant("decode_sparse", configs(True, 64))
@@ -193,6 +213,8 @@ KERNEL = Kernel(
         "key_cache": "*T",
         "value_cache": "*T",
         "page_table": "*i32",
+        "past_length": "*i32",
+        "query_start": "*i32",
         "items": "*i32",
         "slots": "*i32",
         "listed": "*i32",
@@ -203,6 +225,7 @@ KERNEL = Kernel(
         "scale": "fp32",
         "softcap": "fp32",
         "sliding_window": "i32",
+        "min_length": "i32",
         "tokens": "i32",
         "query_heads": "i32",
         "kv_heads": "i32",
