@@ -90,6 +90,12 @@ class Network:
     def get_layer(self, index: int) -> Layer:
         return self.layers[index]
 
+    def add_identity(self, source: Tensor) -> Layer:
+        name = f"identity {len(self.layers)}"
+        node = onnx.helper.make_node("Identity", [source.name], [name], name=name)
+        self.layers.append(Layer(node, {source.name: source, name: Tensor(name=name, dtype=source.dtype)}))
+        return self.layers[-1]
+
 
 class FakeTensorRT:
     """The package.  `refuse`: what the builder answers with an error; `version` decides which interface there is."""

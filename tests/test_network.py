@@ -215,6 +215,49 @@ def test_small_powers_become_products(exponent: float, kinds: list[str]) -> None
     np.testing.assert_allclose(session.run(None, {"x": x})[0], x**exponent)
 
 
+def rotary(middle: int = 4, axis: int = 3) -> ir.Model:
+    """Two tensors [1, 2, n, 8] that share their sines, each cut at `middle` and rotated as transformers does it."""
+    constants = {"zero": [0], "middle": [middle], "end": [2**63 - 1], "axis": [axis]}
+    nodes, outputs = [helper.make_node("Sin", ["angles"], ["sines"], name="sines")], []
+    for x in ("q", "k"):
+        nodes += [
+            helper.make_node("Slice", [x, "zero", "middle", "axis"], [f"{x}1"], name=f"{x}1"),
+            helper.make_node("Slice", [x, "middle", "end", "axis"], [f"{x}2"], name=f"{x}2"),
+            helper.make_node("Neg", [f"{x}2"], [f"{x}n"], name=f"{x}n"),
+            helper.make_node("Concat", [f"{x}n", f"{x}1"], [f"{x}r"], name=f"{x}r", axis=axis),
+            helper.make_node("Mul", [f"{x}r", "sines"] if x == "q" else ["sines", f"{x}r"], [f"{x}s"], name=f"{x}s"),
+        ]
+        outputs.append(helper.make_tensor_value_info(f"{x}s", TensorProto.FLOAT16, [1, 2, "n", 8]))
+    inputs = [helper.make_tensor_value_info(x, TensorProto.FLOAT16, [1, 2, "n", 8]) for x in ("q", "k", "angles")]
+    initializers = [numpy_helper.from_array(np.array(values, np.int64), name) for name, values in constants.items()]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, initializers)
+    graph.value_info.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT16, [1, 2, "n", 8]) for name in ("qr", "kr", "sines")
+    )
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+
+
+@pytest.mark.parametrize(("middle", "axis", "rewritten"), [(4, 3, True), (3, 3, False), (1, 1, False)])
+def test_halves_of_a_head_change_places_by_one_slice(middle: int, axis: int, rewritten: bool) -> None:
+    """Bit for bit; what is no exchange of a head's halves stays as it is."""
+    rng = np.random.default_rng(0)
+    feeds = {x: rng.standard_normal((1, 2, 5, 8)).astype(np.float16) for x in ("q", "k", "angles")}
+
+    def compute(data: bytes) -> list[np.ndarray]:
+        return onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"]).run(None, feeds)
+
+    model = rotary(middle, axis)
+    expected = compute(ir.to_proto(model).SerializeToString())
+    graph = network_graph(model, opset17=True)
+    kinds = sorted(node.op_type for node in graph.model.graph)
+    if rewritten:
+        assert kinds == ["Mul"] * 3 + ["Reshape"] * 4 + ["Sin"] + ["Slice"] * 2  # the sines get their signs once
+    else:
+        assert kinds == ["Concat"] * 2 + ["Mul"] * 2 + ["Neg"] * 2 + ["Sin"] + ["Slice"] * 4
+    for one, other in zip(compute(graph.serialize()), expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("family", ["phi3", "gemma2"])
 def test_a_graph_of_opset_18_is_lowered_where_the_parser_needs_it(family: str, tmp_path: Path) -> None:
     """From the file: what lowering needs to know of shapes was saved."""

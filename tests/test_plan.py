@@ -97,6 +97,8 @@ def test_layers_of_eight_six_are_held_to_the_graphs_types(machine: FakeMachine) 
     for layer in trt.built[0].network.layers:
         output = layer.get_output(0).name
         free = layer.type in (LayerType.CAST, LayerType.CONSTANT, LayerType.PLUGIN_V2)
+        if layer.type == LayerType.IDENTITY:  # not of the graph
+            continue
         wanted = DataType.FLOAT if output in graph.float32 else DataType.HALF if output in graph.float16 else None
         assert layer.precision == (None if free else wanted), layer.name
         assert layer.output_types == ({} if free or wanted is None else {0: wanted})
@@ -123,6 +125,16 @@ def test_elementwise_layers_of_eight_six_convert_between_floating_types_themselv
     assert all(LayerType.ELEMENTWISE not in read[cast.name] for cast in floating)
     assert len([cast for cast in floating if read[cast.name]]) >= 2  # cosine and sine, which a shuffle reads
     assert all(read[cast.name] for cast in casts if cast not in floating)
+    # A norm squares the hidden states and scales them: two readers of one copy in float32.
+    copies = [layer for layer in layers if layer.type == LayerType.IDENTITY]
+    assert len(copies) == 2 * 2 + 1
+    for copy in copies:
+        assert copy.output_types == {0: DataType.FLOAT}
+        assert copy.get_input(0).dtype == DataType.HALF
+        readers = {
+            layer.name for layer in layers for i in range(layer.num_inputs) if layer.get_input(i) is copy.get_output(0)
+        }
+        assert len(readers) == 2
 
 
 def test_products_read_weights_untransposed(machine: FakeMachine) -> None:

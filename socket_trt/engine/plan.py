@@ -184,16 +184,23 @@ def leave_out_casts(trt: Any, network: Any) -> None:
     Other layers keep theirs: what it fuses has no implementation of a product or a shuffle between two types.
     """
     floating = {trt.DataType.FLOAT, trt.DataType.HALF}
-    sources: dict[str, Any] = {}
-    for i in range(network.num_layers):
-        layer = network.get_layer(i)
+    readers: dict[str, list[tuple[Any, int]]] = {}
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    for layer in layers:
         if layer.type == trt.LayerType.ELEMENTWISE:
             for index in range(layer.num_inputs):
-                source = sources.get(layer.get_input(index).name)
-                if source is not None:
-                    layer.set_input(index, source)
-        if layer.type == trt.LayerType.CAST and {layer.get_input(0).dtype, layer.get_output(0).dtype} <= floating:
-            sources[layer.get_output(0).name] = layer.get_input(0)  # its readers come after it
+                readers.setdefault(layer.get_input(index).name, []).append((layer, index))
+    for cast in layers:
+        if cast.type != trt.LayerType.CAST or not {cast.get_input(0).dtype, cast.get_output(0).dtype} <= floating:
+            continue
+        source, reads = cast.get_input(0), readers.get(cast.get_output(0).name, [])
+        if cast.get_output(0).dtype == trt.DataType.FLOAT and len({layer.name for layer, _ in reads}) > 1:
+            # Hidden states, which a norm squares and scales: a copy in float32 by a kernel that needs no compiling.
+            copy = network.add_identity(source)
+            copy.set_output_type(0, trt.DataType.FLOAT)
+            source = copy.get_output(0)
+        for layer, index in reads:
+            layer.set_input(index, source)
 
 
 def _configure(trt: Any, config: Any) -> None:

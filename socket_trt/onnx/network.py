@@ -15,6 +15,7 @@ from socket_trt.onnx.initializers import add_integers
 from socket_trt.onnx.joined import join_products
 from socket_trt.onnx.opset17 import lower_to_opset17
 from socket_trt.onnx.rank2 import drop_leading_one
+from socket_trt.onnx.rotary import rotate_by_one_slice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,7 @@ def network_graph(model: ir.Model, opset17: bool = False) -> NetworkGraph:
     _powers_by_products(model.graph)
     if opset17:
         drop_leading_one(model.graph)
+        rotate_by_one_slice(model.graph)
     weights, alone = _weights_to_inputs(model.graph)
     weights = join_products(model.graph, weights, alone)
     transposed = [name for weight in weights for name in _lead_with_one(model.graph, weight)]

@@ -1,0 +1,125 @@
+"""Rotary embedding with fewer kernels: halves of a head change places by reading an axis of two backwards.
+
+Transformers writes x cos + rotate(x) sin, where rotate(x) puts the negated second half in front of the first.  TensorRT 8.6
+takes a kernel for each half and one to join them.  A slice with a step of -1 is one, and the sign goes to the sines,
+once for all layers that share them.  Products with 1 and -1 are exact: the sums are the same numbers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from socket_trt.onnx.initializers import add_initializer, add_integers
+
+
+def rotate_by_one_slice(graph: ir.Graph) -> None:
+    """Rewrite the graph in place; the values that products with sines give keep their names."""
+    signed: dict[ir.Value, ir.Value] = {}
+    for node in list(graph):
+        source = _rotated(node)
+        rotated = node.outputs[0]
+        products = [user for user, _ in rotated.uses()]
+        if source is None or not products or any(product.op_type != "Mul" for product in products):
+            continue
+        swapped = _swap_halves(graph, node, source)
+        for product in products:
+            index = 0 if product.inputs[1] is rotated else 1
+            sines = product.inputs[index]
+            assert sines is not None
+            if sines not in signed:
+                signed[sines] = _sign(graph, sines, rotated)
+            product.replace_input_with(index, signed[sines])
+            product.replace_input_with(1 - index, swapped)
+        _remove_unused(graph, node)
+
+
+def _rotated(node: ir.Node) -> ir.Value | None:
+    """x, where `node` joins the negated second half of x's last axis and the first half; else None."""
+    if node.op_type != "Concat" or len(node.inputs) != 2 or node.attributes.get_int("axis", 0) not in (-1, _last(node)):
+        return None
+    negated, first = node.inputs
+    negation = negated.producer() if negated is not None else None
+    if negation is None or negation.op_type != "Neg":
+        return None
+    begin, end = _part(negation.inputs[0]), _part(first)
+    if begin is None or end is None or begin[0] is not end[0] or begin[0].shape is None:
+        return None
+    source, size = begin[0], begin[0].shape[-1]
+    if not isinstance(size, int) or size % 2:
+        return None
+    halves = begin[1] == size // 2 and begin[2] >= size and end[1:] == (0, size // 2)
+    return source if halves else None
+
+
+def _last(node: ir.Node) -> int:
+    shape = node.outputs[0].shape
+    return -1 if shape is None else len(shape) - 1
+
+
+def _part(value: ir.Value | None) -> tuple[ir.Value, int, int] | None:
+    """(x, first, last) where `value` is a slice of neighbours on the last axis of x."""
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "Slice" or node.inputs[0] is None or node.inputs[0].shape is None:
+        return None
+    numbers = [_integer(one) for one in node.inputs[1:]]
+    first, last, axis, step = [*numbers, 1][:4] if len(numbers) > 2 else (None, None, None, None)
+    if first is None or last is None or step != 1 or axis not in (-1, len(node.inputs[0].shape) - 1):
+        return None
+    return node.inputs[0], first, last
+
+
+def _integer(value: ir.Value | None) -> int | None:
+    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
+    return int(tensor.numpy().item()) if tensor is not None and tensor.size == 1 else None
+
+
+def _swap_halves(graph: ir.Graph, before: ir.Node, source: ir.Value) -> ir.Value:
+    """`source` with the halves of its last axis exchanged, in front of `before`."""
+    assert source.shape is not None
+    name, outer, size = str(before.name), list(source.shape[:-1]), source.shape[-1]
+    assert isinstance(size, int)
+    as_it_is = [0] * len(outer)  # of Reshape: the same length
+    halves = ir.node("Reshape", [source, add_integers(graph, f"{name}/halves/shape", [*as_it_is, 2, size // 2])])
+    _describe(halves, f"{name}/halves", source, [*outer, 2, size // 2])
+    axis = add_integers(graph, f"{name}/swapped/axis", [len(outer)])
+    first, last = (add_integers(graph, f"{name}/swapped/{what}", [at]) for what, at in (("first", 1), ("last", -3)))
+    backwards = add_integers(graph, f"{name}/swapped/step", [-1])
+    swapped = ir.node("Slice", [halves.outputs[0], first, last, axis, backwards])
+    _describe(swapped, f"{name}/swapped", source, [*outer, 2, size // 2])
+    joined = ir.node("Reshape", [swapped.outputs[0], add_integers(graph, f"{name}/joined/shape", [*as_it_is, size])])
+    _describe(joined, f"{name}/joined", source, [*outer, size])
+    graph.insert_before(before, [halves, swapped, joined])
+    return joined.outputs[0]
+
+
+def _sign(graph: ir.Graph, sines: ir.Value, rotated: ir.Value) -> ir.Value:
+    """The sines, those of a head's first half negated."""
+    assert rotated.shape is not None
+    assert rotated.dtype is not None
+    half = int(rotated.shape[-1]) // 2
+    name = f"{sines.name}/signed"
+    signs = ir.tensor(np.repeat([-1, 1], half).astype(rotated.dtype.numpy()), name=f"{name}/signs")
+    product = ir.node("Mul", [sines, add_initializer(graph, f"{name}/signs", signs)])
+    _describe(product, name, sines, sines.shape)
+    producer = sines.producer()
+    if producer is None:
+        graph.insert_before(graph[0], product)
+    else:
+        graph.insert_after(producer, product)
+    return product.outputs[0]
+
+
+def _describe(node: ir.Node, name: str, like: ir.Value, shape: object) -> None:
+    node.name = node.outputs[0].name = name
+    node.outputs[0].type = like.type
+    node.outputs[0].shape = None if shape is None else ir.Shape(shape)
+
+
+def _remove_unused(graph: ir.Graph, node: ir.Node) -> None:
+    """Remove `node`, and what then has no reader before it."""
+    inputs = [value.producer() for value in node.inputs if value is not None]
+    graph.remove(node, safe=True)
+    for producer in inputs:
+        if producer is not None and producer.graph is graph and not any(value.uses() for value in producer.outputs):
+            _remove_unused(graph, producer)
