@@ -44,7 +44,8 @@ def network_graph(model: ir.Model, opset17: bool = False) -> NetworkGraph:
 
     External initializers become inputs; a cast from the checkpoint's dtype behind one goes.  A weight that is, transposed,
     the right operand of a product with three axes gets a leading axis of one: TensorRT then needs no reshape between them.
-    Products of the same activations become one.
+    Products of the same activations become one.  For TensorRT 8.6, hidden states become matrices, and the halves of a head
+    change places by one slice.
     """
     model.functions.clear()
     if opset17 and model.graph.opset_imports[""] > 17:
