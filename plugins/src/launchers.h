@@ -23,15 +23,15 @@ constexpr int kSystemShared = 1024;
 // is done soonest.  `start` is what a part takes beside its share of the piece's `work`.
 inline int best_parts(int64_t lanes, int64_t slots, int64_t most, double work, double start) {
     double best = 1e30;
-    int best_parts = 1;
+    int fastest = 1;
     for (int parts = 1; parts <= most; parts++) {
         const double time = (lanes * parts + slots - 1) / slots * (work / parts + start);
         if (time < best * 0.999) {
             best = time;
-            best_parts = parts;
+            fastest = parts;
         }
     }
-    return best_parts;
+    return fastest;
 }
 
 // How scoring is laid out for given shapes.

@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 import onnx_ir as ir
 
 from socket_trt.onnx.initializers import add_integers
+from socket_trt.onnx.values import describe
 
 _SEPARATOR = "+"  # in no name that PyTorch gives a parameter
 
@@ -78,9 +79,9 @@ def _join(graph: ir.Graph, products: list[_Product]) -> ir.Value:
         shape=ir.Shape([sum(rows), first.columns]),
     )
     transpose = ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{name}/joint_weight")
-    _describe(transpose, weight, [first.columns, sum(rows)])
+    describe(transpose, weight, [first.columns, sum(rows)])
     product = ir.node("MatMul", [first.product.inputs[0], transpose.outputs[0]], name=f"{name}/joint")
-    _describe(product, old[0], None if old[0].shape is None else [*old[0].shape[:-1], sum(rows)])
+    describe(product, old[0], None if old[0].shape is None else [*old[0].shape[:-1], sum(rows)])
     sizes = add_integers(graph, f"{product.name}/rows", rows)
     split = ir.node("Split", [*product.outputs, sizes], {"axis": -1}, num_outputs=len(rows), name=f"{name}/split")
     graph.inputs.append(weight)
@@ -95,9 +96,3 @@ def _join(graph: ir.Graph, products: list[_Product]) -> ir.Value:
     for product in products:
         graph.inputs.remove(product.weight)
     return weight
-
-
-def _describe(node: ir.Node, like: ir.Value, shape: Sequence[object] | None) -> None:
-    """Name the output after its node, and give it the type of `like`."""
-    output = node.outputs[0]
-    output.name, output.type, output.shape = node.name, like.type, None if shape is None else ir.Shape(shape)

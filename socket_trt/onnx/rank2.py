@@ -9,6 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from socket_trt.onnx.initializers import add_integers
+from socket_trt.onnx.values import constant_integers
 
 # Operators that treat every element, or every row of the last axis, alike.
 _ELEMENTWISE = {
@@ -47,15 +48,15 @@ class _Pass:
         if node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0:
             indices = node.inputs[1]
             producer = indices.producer() if indices is not None else None
-            if producer is None or producer.op_type != "Unsqueeze" or _constant(producer.inputs[1]) != [0]:
+            if producer is None or producer.op_type != "Unsqueeze" or constant_integers(producer.inputs[1]) != [0]:
                 return False
             node.replace_input_with(1, producer.inputs[0])
             return True
-        if node.op_type == "Unsqueeze" and _constant(node.inputs[1]) == [0, 2]:
+        if node.op_type == "Unsqueeze" and constant_integers(node.inputs[1]) == [0, 2]:
             node.replace_input_with(1, add_integers(self._graph, f"{node.name}/axes", [1]))
             return True
         if node.op_type == "Reshape":
-            shape = _constant(node.inputs[1])
+            shape = constant_integers(node.inputs[1])
             if shape is None or 0 in shape or shape[0] != 1:
                 return False
             node.replace_input_with(1, add_integers(self._graph, f"{node.name}/shape", shape[1:]))
@@ -84,7 +85,7 @@ class _Pass:
             node.attributes["axes"] = ir.AttrInt64s("axes", [axis for axis in axes if axis is not None])
             return True
         if node.op_type == "Slice" and len(node.inputs) > 3:
-            axes = [_without_first(axis) for axis in _constant(node.inputs[3]) or [0]]
+            axes = [_without_first(axis) for axis in constant_integers(node.inputs[3]) or [0]]
             if None in axes:
                 return False
             node.replace_input_with(
@@ -98,7 +99,7 @@ class _Pass:
         for index, value in enumerate(node.inputs):
             if value is None or value not in self._flat:
                 continue
-            if node.op_type == "Reshape" and index == 0 and 0 not in (_constant(node.inputs[1]) or [0]):
+            if node.op_type == "Reshape" and index == 0 and 0 not in (constant_integers(node.inputs[1]) or [0]):
                 continue
             if value not in self._restored:
                 self._restored[value] = self._restore(value)
@@ -127,8 +128,3 @@ def _rank(value: ir.Value | None) -> int | None:
 
 def _is_wide(value: ir.Value) -> bool:
     return _rank(value) == 3 and value.shape is not None and value.shape[0] == 1
-
-
-def _constant(value: ir.Value | None) -> list[int] | None:
-    constant = ir.convenience.get_const_tensor(value) if value is not None else None
-    return None if constant is None else [int(x) for x in constant.numpy().reshape(-1)]

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from socket_trt.onnx.initializers import add_initializer, add_integers
+from socket_trt.onnx.values import constant_integers, describe
 
 
 def rotate_by_one_slice(graph: ir.Graph) -> None:
@@ -62,16 +63,13 @@ def _part(value: ir.Value | None) -> tuple[ir.Value, int, int] | None:
     node = value.producer() if value is not None else None
     if node is None or node.op_type != "Slice" or node.inputs[0] is None or node.inputs[0].shape is None:
         return None
-    numbers = [_integer(one) for one in node.inputs[1:]]
-    first, last, axis, step = [*numbers, 1][:4] if len(numbers) > 2 else (None, None, None, None)
-    if first is None or last is None or step != 1 or axis not in (-1, len(node.inputs[0].shape) - 1):
+    numbers = [constant_integers(one) for one in node.inputs[1:]]
+    if len(numbers) < 3 or any(one is None or len(one) != 1 for one in numbers):
+        return None
+    first, last, axis, step = [*(one[0] for one in numbers if one), 1][:4]
+    if step != 1 or axis not in (-1, len(node.inputs[0].shape) - 1):
         return None
     return node.inputs[0], first, last
-
-
-def _integer(value: ir.Value | None) -> int | None:
-    tensor = ir.convenience.get_const_tensor(value) if value is not None else None
-    return int(tensor.numpy().item()) if tensor is not None and tensor.size == 1 else None
 
 
 def _swap_halves(graph: ir.Graph, before: ir.Node, source: ir.Value) -> ir.Value:
@@ -80,15 +78,23 @@ def _swap_halves(graph: ir.Graph, before: ir.Node, source: ir.Value) -> ir.Value
     name, outer, size = str(before.name), list(source.shape[:-1]), source.shape[-1]
     assert isinstance(size, int)
     as_it_is = [0] * len(outer)  # of Reshape: the same length
-    halves = ir.node("Reshape", [source, add_integers(graph, f"{name}/halves/shape", [*as_it_is, 2, size // 2])])
-    _describe(halves, f"{name}/halves", source, [*outer, 2, size // 2])
+    halves = ir.node(
+        "Reshape",
+        [source, add_integers(graph, f"{name}/halves/shape", [*as_it_is, 2, size // 2])],
+        name=f"{name}/halves",
+    )
+    describe(halves, source, [*outer, 2, size // 2])
     axis = add_integers(graph, f"{name}/swapped/axis", [len(outer)])
     first, last = (add_integers(graph, f"{name}/swapped/{what}", [at]) for what, at in (("first", 1), ("last", -3)))
     backwards = add_integers(graph, f"{name}/swapped/step", [-1])
-    swapped = ir.node("Slice", [halves.outputs[0], first, last, axis, backwards])
-    _describe(swapped, f"{name}/swapped", source, [*outer, 2, size // 2])
-    joined = ir.node("Reshape", [swapped.outputs[0], add_integers(graph, f"{name}/joined/shape", [*as_it_is, size])])
-    _describe(joined, f"{name}/joined", source, [*outer, size])
+    swapped = ir.node("Slice", [halves.outputs[0], first, last, axis, backwards], name=f"{name}/swapped")
+    describe(swapped, source, [*outer, 2, size // 2])
+    joined = ir.node(
+        "Reshape",
+        [swapped.outputs[0], add_integers(graph, f"{name}/joined/shape", [*as_it_is, size])],
+        name=f"{name}/joined",
+    )
+    describe(joined, source, [*outer, size])
     graph.insert_before(before, [halves, swapped, joined])
     return joined.outputs[0]
 
@@ -100,20 +106,14 @@ def _sign(graph: ir.Graph, sines: ir.Value, rotated: ir.Value) -> ir.Value:
     half = int(rotated.shape[-1]) // 2
     name = f"{sines.name}/signed"
     signs = ir.tensor(np.repeat([-1, 1], half).astype(rotated.dtype.numpy()), name=f"{name}/signs")
-    product = ir.node("Mul", [sines, add_initializer(graph, f"{name}/signs", signs)])
-    _describe(product, name, sines, sines.shape)
+    product = ir.node("Mul", [sines, add_initializer(graph, f"{name}/signs", signs)], name=name)
+    describe(product, sines, sines.shape)
     producer = sines.producer()
     if producer is None:
         graph.insert_before(graph[0], product)
     else:
         graph.insert_after(producer, product)
     return product.outputs[0]
-
-
-def _describe(node: ir.Node, name: str, like: ir.Value, shape: object) -> None:
-    node.name = node.outputs[0].name = name
-    node.outputs[0].type = like.type
-    node.outputs[0].shape = None if shape is None else ir.Shape(shape)
 
 
 def _remove_unused(graph: ir.Graph, node: ir.Node) -> None:
