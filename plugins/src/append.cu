@@ -17,27 +17,39 @@ namespace {
 constexpr int kProjecting = 256;            // threads of a block that project
 constexpr int kThreads = kProjecting + 32;  // the last warp finds cache slots meanwhile
 constexpr int kBlockPlanes = kProjecting / 32 * 16;
-constexpr int kFewVectors = 8, kManyVectors = 64;
+constexpr int kQueryVectors = 8;  // of a query block
 
+// Steps with at most a token for each sequence have a kernel of their own: later kernels wait for all of it, and it
+// takes half the registers and less arithmetic.
+struct FewTokens {
+    static constexpr int kKeyVectors = 8;  // of a key block
+    using Index = uint32_t;                // of a vector: at most 65535 tokens of 65535 heads
+};
+struct ManyTokens {
+    static constexpr int kKeyVectors = 64;
+    using Index = int64_t;
+};
+
+template <typename Size>
 struct AppendGrid {
     int tables_per_block, chunks;  // a block projects on the planes of this many tables
-    int tile;                      // vectors of a key block
     int key_blocks, query_blocks;  // and one block more
 
     __host__ __device__ explicit AppendGrid(const Arguments& a) {
         tables_per_block = kBlockPlanes / a.p.planes_per_table;
         chunks = (a.p.tables + tables_per_block - 1) / tables_per_block;
-        tile = a.p.tokens > a.p.sequences ? kManyVectors : kFewVectors;
-        key_blocks = static_cast<int>((static_cast<int64_t>(a.p.tokens) * a.p.kv_heads + tile - 1) / tile) * chunks;
+        const int64_t keys = static_cast<int64_t>(a.p.tokens) * a.p.kv_heads;
+        key_blocks = static_cast<int>((keys + Size::kKeyVectors - 1) / Size::kKeyVectors) * chunks;
         const int64_t queries = a.sparse ? static_cast<int64_t>(a.items) * a.p.query_heads : 0;
-        query_blocks = static_cast<int>((queries + kFewVectors - 1) / kFewVectors) * chunks;
+        query_blocks = static_cast<int>((queries + kQueryVectors - 1) / kQueryVectors) * chunks;
     }
 };
 
+template <typename Size>
 struct Shared {
-    uint8_t bits[kManyVectors][kBlockPlanes];
-    int row[kManyVectors];
-    int64_t slot[kManyVectors];  // page * page_size + place in the page; -1: not cached
+    uint8_t bits[Size::kKeyVectors][kBlockPlanes];
+    int row[Size::kKeyVectors];
+    int64_t slot[Size::kKeyVectors];  // page * page_size + place in the page; -1: not cached
     uint32_t scan[33];
 };
 
@@ -45,7 +57,8 @@ struct Shared {
 struct Chunk {
     int first_table, tables, planes;
 
-    __device__ Chunk(const Arguments& a, const AppendGrid& grid, int index) {
+    template <typename Size>
+    __device__ Chunk(const Arguments& a, const AppendGrid<Size>& grid, int index) {
         first_table = index * grid.tables_per_block;
         tables = min(grid.tables_per_block, a.p.tables - first_table);
         planes = tables * a.p.planes_per_table;
@@ -89,7 +102,8 @@ __device__ __forceinline__ void project(const Arguments& a, const Chunk& chunk, 
 }
 
 // Where the tile's tokens go, as one warp finds it: the cache slot of each vector.
-__device__ void find_slots(const Arguments& a, Shared& shared, int64_t first, int count) {
+template <typename Size>
+__device__ void find_slots(const Arguments& a, Shared<Size>& shared, typename Size::Index first, int count) {
     const int lane = threadIdx.x & 31;
     for (int i = lane; i < count; i += 32) shared.row[i] = -1;
     __syncwarp();
@@ -120,11 +134,12 @@ __device__ void find_slots(const Arguments& a, Shared& shared, int64_t first, in
 }
 
 // Keys, values and norms into the cache; zeros to the output of tokens that belong to no sequence.
-template <typename T>
-__device__ void copy_tile(const Arguments& a, const Shared& shared, int64_t first, int count) {
+template <typename T, typename Size>
+__device__ void copy_tile(const Arguments& a, const Shared<Size>& shared, typename Size::Index first, int count) {
     const int size = a.p.head_size, pieces = size / 8;
-    const uint4* key = static_cast<const uint4*>(a.p.key) + first * pieces;
-    const uint4* value = static_cast<const uint4*>(a.p.value) + first * pieces;
+    const int64_t first_piece = static_cast<int64_t>(first) * pieces;
+    const uint4* key = static_cast<const uint4*>(a.p.key) + first_piece;
+    const uint4* value = static_cast<const uint4*>(a.p.value) + first_piece;
     for (int i = threadIdx.x; i < count * pieces; i += kThreads) {
         const int v = i / pieces, piece = i % pieces, head = static_cast<int>((first + v) / a.p.tokens);
         if (shared.slot[v] >= 0) {
@@ -140,7 +155,7 @@ __device__ void copy_tile(const Arguments& a, const Shared& shared, int64_t firs
         }
     }
     for (int v = threadIdx.x >> 5; v < count; v += kThreads / 32) {
-        const T* from = static_cast<const T*>(a.p.value) + (first + v) * size;
+        const T* from = static_cast<const T*>(a.p.value) + static_cast<int64_t>(first + v) * size;
         float sum = 0.f;
         for (int d = threadIdx.x & 31; d < size; d += 32) {
             const float x = to_float(from[d]);
@@ -156,15 +171,16 @@ __device__ void copy_tile(const Arguments& a, const Shared& shared, int64_t firs
 }
 
 // A tile of keys, [Hkv, N, D] read as a list of vectors.
-template <typename T, int TILES>
-__device__ void append_keys(const Arguments& a, const AppendGrid& grid, Shared& shared, int block) {
+template <typename T, typename Size>
+__device__ void append_keys(const Arguments& a, const AppendGrid<Size>& grid, Shared<Size>& shared, int block) {
     const Chunk chunk(a, grid, block % grid.chunks);
-    const int64_t first = static_cast<int64_t>(block / grid.chunks) * grid.tile;
-    const int64_t vectors = static_cast<int64_t>(a.p.tokens) * a.p.kv_heads;
-    const int count = static_cast<int>(min(static_cast<int64_t>(grid.tile), vectors - first));
-    const T* key = static_cast<const T*>(a.p.key) + first * a.p.head_size;
+    using Index = typename Size::Index;
+    const Index first = static_cast<Index>(block / grid.chunks) * Size::kKeyVectors;
+    const Index vectors = static_cast<Index>(a.p.tokens) * a.p.kv_heads;
+    const int count = static_cast<int>(min(static_cast<Index>(Size::kKeyVectors), vectors - first));
+    const T* key = static_cast<const T*>(a.p.key) + static_cast<int64_t>(first) * a.p.head_size;
     if (threadIdx.x < kProjecting) {
-        project<T, TILES>(
+        project<T, Size::kKeyVectors / 8>(
             a, chunk, [&](int v) { return v < count ? key + v * a.p.head_size : nullptr; },
             [&](int v, int plane, float x) { shared.bits[v][plane] = x >= 0.f; });
     } else {
@@ -191,12 +207,13 @@ __device__ void append_keys(const Arguments& a, const AppendGrid& grid, Shared& 
 }
 
 // Eight query heads of decode queries.  A plane's positive side has probability sigmoid(2 tanh(w . q) / (sqrt(D) tau)).
-template <typename T>
-__device__ void project_queries(const Arguments& a, const AppendGrid& grid, int block) {
+template <typename T, typename Size>
+__device__ void project_queries(const Arguments& a, const AppendGrid<Size>& grid, int block) {
     if (threadIdx.x >= kProjecting) return;
     const Chunk chunk(a, grid, block % grid.chunks);
-    const int64_t first = static_cast<int64_t>(block / grid.chunks) * kFewVectors;
-    const int64_t vectors = static_cast<int64_t>(a.items) * a.p.query_heads;
+    using Index = typename Size::Index;
+    const Index first = static_cast<Index>(block / grid.chunks) * kQueryVectors;
+    const Index vectors = static_cast<Index>(a.items) * a.p.query_heads;
     const auto source = [&](int v) -> const T* {
         if (first + v >= vectors) return nullptr;
         const int item = static_cast<int>((first + v) / a.p.query_heads);
@@ -214,12 +231,14 @@ __device__ void project_queries(const Arguments& a, const AppendGrid& grid, int 
     project<T, 1>(a, chunk, source, [&](int v, int plane, float x) {
         if (first + v >= vectors) return;
         const int table = chunk.first_table + plane / rank, r = plane % rank;
-        a.probability[((first + v) * rank + r) * a.p.tables + table] = 1.f / (1.f + __expf(-factor * tanhf(x)));
+        a.probability[(static_cast<int64_t>(first + v) * rank + r) * a.p.tables + table] =
+            1.f / (1.f + __expf(-factor * tanhf(x)));
     });
 }
 
 // Tiles of all rows with several tokens, in order, then empty ones.
-__device__ void list_tiles(const Arguments& a, Shared& shared) {
+template <typename Size>
+__device__ void list_tiles(const Arguments& a, Shared<Size>& shared) {
     uint32_t listed = 0;
     for (int base = 0; base < a.p.sequences; base += kThreads) {
         const int row = base + threadIdx.x;
@@ -242,10 +261,10 @@ __device__ void list_tiles(const Arguments& a, Shared& shared) {
     }
 }
 
-template <typename T>
+template <typename T, typename Size>
 __global__ __launch_bounds__(kThreads, 1) void append_kernel(const __grid_constant__ Arguments a) {
-    __shared__ Shared shared;
-    const AppendGrid grid(a);
+    __shared__ Shared<Size> shared;
+    const AppendGrid<Size> grid(a);
     start_next_kernel();
     int block = blockIdx.x;
     if (block == 0) {
@@ -256,22 +275,26 @@ __global__ __launch_bounds__(kThreads, 1) void append_kernel(const __grid_consta
         if (a.prefill_tiles > 0) list_tiles(a, shared);
     } else if ((block -= 1) < grid.query_blocks) {
         project_queries<T>(a, grid, block);
-    } else if (grid.tile == kFewVectors) {
-        append_keys<T, kFewVectors / 8>(a, grid, shared, block - grid.query_blocks);
     } else {
-        append_keys<T, kManyVectors / 8>(a, grid, shared, block - grid.query_blocks);
+        append_keys<T>(a, grid, shared, block - grid.query_blocks);
     }
+}
+
+template <typename Size>
+cudaError_t launch(const Arguments& a, cudaStream_t stream) {
+    const AppendGrid<Size> grid(a);
+    const auto kernel =
+        a.p.dtype == SOCKET_TRT_FLOAT16 ? append_kernel<__half, Size> : append_kernel<__nv_bfloat16, Size>;
+    const cudaError_t status = set_up(kernel, 0);
+    if (status != cudaSuccess) return status;
+    const Launch launch(dim3(1 + grid.query_blocks + grid.key_blocks), dim3(kThreads), 0, stream);
+    return launch(kernel, a);
 }
 
 }  // namespace
 
 cudaError_t launch_append(const Arguments& a, cudaStream_t stream) {
-    const AppendGrid grid(a);
-    const auto kernel = a.p.dtype == SOCKET_TRT_FLOAT16 ? append_kernel<__half> : append_kernel<__nv_bfloat16>;
-    const cudaError_t status = set_up(kernel, 0);
-    if (status != cudaSuccess) return status;
-    const Launch launch(dim3(1 + grid.query_blocks + grid.key_blocks), dim3(kThreads), 0, stream);
-    return launch(kernel, a);
+    return a.p.tokens > a.p.sequences ? launch<ManyTokens>(a, stream) : launch<FewTokens>(a, stream);
 }
 
 }  // namespace socket_trt

@@ -10,7 +10,6 @@
 namespace socket_trt {
 namespace {
 
-constexpr int kMaxDevices = 64;
 constexpr int kMaxArguments = 32;
 
 // Handles of the embedded kernels, by table index; loaded once a device.

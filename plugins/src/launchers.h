@@ -8,12 +8,17 @@
 
 namespace socket_trt {
 
+constexpr int kMaxDevices = 64;
+constexpr int kMaxCluster = 8;  // blocks, on any GPU that has clusters
+
 struct Device {
     int ordinal;
     int architecture;  // 90 for compute capability 9.0
     int multiprocessors;
     int shared_memory;  // bytes a block can have
     int cache;          // bytes of the L2 cache
+    // Clusters of so many blocks that it has room for at once, where each block needs a multiprocessor for itself.
+    int clusters[kMaxCluster + 1];
 };
 
 // Bytes of shared memory that the system takes of every block, in front of the block's own.
@@ -49,9 +54,10 @@ struct ScorePlan {
 ScorePlan plan_score(const Arguments& a, const Device& device);
 ScorePlan plan_score_wide(const Arguments& a);
 
-// Blocks that select for one head together.
-int plan_select(const Arguments& a, const Device& device);
-int plan_select_capacity(const Device& device);
+// Sets the blocks that select for one head together, and what they have room for.
+void plan_select(Arguments& a, const Device& device);
+// Fills device.clusters.
+void count_clusters(Device& device);
 // Whether they attend, too.
 bool plan_select_attend(const Arguments& a, const Device& device);
 
@@ -101,6 +107,11 @@ class Launch {
     template <typename... Parameters, typename... Values>
     cudaError_t operator()(void (*kernel)(Parameters...), const Values&... values) const {
         return cudaLaunchKernelEx(&config_, kernel, values...);
+    }
+    // Clusters of this kernel that the device has room for at once.
+    template <typename... Parameters>
+    cudaError_t count_clusters(void (*kernel)(Parameters...), int& count) const {
+        return cudaOccupancyMaxActiveClusters(&count, kernel, &config_);
     }
     cudaError_t by_pointers(const void* kernel, void** parameters) const {
         return cudaLaunchKernelExC(&config_, kernel, parameters);

@@ -59,11 +59,13 @@ struct Share {
 // All lanes of a warp must call it; item < 0: nothing to do.
 __device__ Share find_share(const Arguments& a, int slots, int slot) {
     const int lane = threadIdx.x & 31;
-    const auto weight_of = [&](int i) -> uint32_t {
+    const auto read_weight = [&](int i) -> uint32_t {
         if (i >= a.items) return 0;
         const Item item = read_item(a, i);
         return item.mode == kItemSparse ? max(1, Candidates(a, item.length).count() / kScoreUnit) : 0;
     };
+    const uint32_t first_weight = read_weight(lane);  // most steps have no more items
+    const auto weight_of = [&](int i) { return i < 32 ? first_weight : read_weight(i); };
     uint32_t total = 0, items = 0;
     for (int base = 0; base < a.items; base += 32) {
         const uint32_t weight = weight_of(base + lane);
@@ -193,7 +195,7 @@ __device__ __forceinline__ void look_up(int32_t (&sum)[Layout<CODE_BYTES, COLUMN
     using L = Layout<CODE_BYTES, COLUMNS>;
     const int g = (threadIdx.x & 31) >> 2;
     constexpr uint32_t kCodes = (L::kRows - 1) | (L::kRows - 1) << 16;
-#pragma unroll 2
+#pragma unroll 4
     for (int s = 0; s < 8; s++) {
         const uint32_t row = (g + s) & 7;
         const uint4 piece = load_piece(stage + row * 128);
@@ -269,9 +271,8 @@ __global__ __launch_bounds__(kMaxWarps * 32, 1) void score_kernel(const __grid_c
         wait_for_previous_kernel();  // who waits for this kernel's end relies on that of append, too
         return;
     }
-    // Blocks that select may begin where others have scored.  Several items' come to lie so unevenly that it costs more
-    // than it saves.
-    if (a.items == 1) start_next_kernel();
+    // Blocks that select may begin where others have scored, if they cannot come to lie in pairs there.
+    if (a.select_spread) start_next_kernel();
 
     // Where things lie.
     const uint32_t base = shared_address(shared);
@@ -302,17 +303,21 @@ __global__ __launch_bounds__(kMaxWarps * 32, 1) void score_kernel(const __grid_c
         const bool last_pass = pass == plan.passes - 1;
         Walk<CODE_BYTES, COLUMNS> walk(a, item.row, kv_head, begin, first_unit + warp, last_unit, warps, first_table,
                                        tables, stage, cache_policy);
+        // Of the first pass one stage alone, so that what the table is made of does not have to queue behind more.
+        const int early = pass > 0 ? kStages : 1;
         int copied = 0;
-        while (copied < kStages && (pass > 0 || walk.end() <= item.length - a.p.tokens)) walk.copy(), copied++;
+        while (copied < early && (pass > 0 || walk.end() <= item.length - a.p.tokens)) walk.copy(), copied++;
         if (pass == 0) {
             wait_for_previous_kernel();
         } else {
             __syncthreads();  // all warps are done with the last table
         }
-        for (; copied < kStages; copied++) walk.copy();
         build_table<CODE_BYTES, COLUMNS, PACKING>(
             a, probability, heads, first_table,
-            *reinterpret_cast<Sides<CODE_BYTES, COLUMNS>*>(shared + (places.sides() - base)), shared + (table - base));
+            *reinterpret_cast<Sides<CODE_BYTES, COLUMNS>*>(shared + (places.sides() - base)), shared + (table - base),
+            [&] {
+                for (; copied < kStages; copied++) walk.copy();
+            });
 
         uint32_t own_stage[kStages];  // this lane's rows, 8 t to 8 t + 7, and in them piece g
 #pragma unroll

@@ -37,17 +37,34 @@ struct Sides {
     static constexpr int kBits = Layout<CODE_BYTES, COLUMNS>::kCodeBits;
     float p[4][kBits][COLUMNS];
 
-    // probability: [heads, planes, tables] of the KV head's first query head.
+    // probability: [heads, planes, tables] of the KV head's first query head.  meanwhile(): what to do while they come.
+    template <typename Meanwhile>
     __device__ __forceinline__ void load(const Arguments& a, const float* probability, int first, int count,
-                                         int first_table) {
+                                         int first_table, Meanwhile meanwhile) {
+        constexpr int kRows = 4 * kBits, kAtOnce = 3, kColumns = COLUMNS / 32;
         const int rank = a.p.planes_per_table, missing = kBits - rank;
-        for (int i = threadIdx.x >> 5; i < 4 * kBits; i += blockDim.x >> 5) {
-            const int h = i / kBits, r = i % kBits;
-            const float* from = probability + static_cast<int64_t>((first + h) * rank + r - missing) * a.p.tables;
+        const int warp = threadIdx.x >> 5, warps = blockDim.x >> 5, lane = threadIdx.x & 31;
+        for (int base = warp; base < kRows; base += kAtOnce * warps) {
+            float x[kAtOnce][kColumns];
 #pragma unroll
-            for (int column = threadIdx.x & 31; column < COLUMNS; column += 32) {
-                const bool exists = r >= missing && h < count && first_table + column < a.p.tables;
-                p[h][r][column] = exists ? __ldg(from + first_table + column) : 0.f;
+            for (int k = 0; k < kAtOnce; k++) {
+                const int i = base + k * warps, h = i / kBits, r = i % kBits;
+                const float* from = probability + static_cast<int64_t>((first + h) * rank + r - missing) * a.p.tables;
+#pragma unroll
+                for (int c = 0; c < kColumns; c++) {
+                    const int table = first_table + c * 32 + lane;
+                    const bool exists = i < kRows && r >= missing && h < count && table < a.p.tables;
+                    x[k][c] = exists ? __ldg(from + table) : 0.f;
+                }
+            }
+            if (base == warp) meanwhile();
+#pragma unroll
+            for (int k = 0; k < kAtOnce; k++) {
+                const int i = base + k * warps;
+#pragma unroll
+                for (int c = 0; c < kColumns; c++) {
+                    if (i < kRows) p[i / kBits][i % kBits][c * 32 + lane] = x[k][c];
+                }
             }
         }
     }
@@ -83,10 +100,11 @@ __device__ __forceinline__ void store_entry(uint32_t* entry, const float (&x)[4]
 }
 
 // Fill the table for COLUMNS hash tables from `first_table` on.  Every head's likeliest code gets the largest entry
-// that fits; a sum's heads share one scale.  All threads must call it; ends with a barrier.
-template <int CODE_BYTES, int COLUMNS, int PACKING>
+// that fits; a sum's heads share one scale.  meanwhile(): what to do while the planes' sides come; it may be called
+// more than once.  All threads must call build_table; it ends with a barrier.
+template <int CODE_BYTES, int COLUMNS, int PACKING, typename Meanwhile>
 __device__ void build_table(const Arguments& a, const float* probability, Heads heads, int first_table,
-                            Sides<CODE_BYTES, COLUMNS>& sides, char* table) {
+                            Sides<CODE_BYTES, COLUMNS>& sides, char* table, Meanwhile meanwhile) {
     using L = Layout<CODE_BYTES, COLUMNS>;
     constexpr int kTop = L::kCodeBits - 5;  // the last five planes are unrolled: three, then two
     // The last a little less than 2^23, since the products' order differs and may round them up.
@@ -97,11 +115,9 @@ __device__ void build_table(const Arguments& a, const float* probability, Heads 
     if (threadIdx.x < 16) largest[threadIdx.x] = 0;
     for (int first = 0; first < heads.count; first += 4) {
         if (first > 0) __syncthreads();
-        sides.load(a, probability, heads.first + first, heads.count - first, first_table);
+        sides.load(a, probability, heads.first + first, heads.count - first, first_table, meanwhile);
         __syncthreads();
-        if (slice > 0) continue;
-#pragma unroll
-        for (int h = 0; h < 4; h++) {
+        for (int h = slice; h < 4; h += slices) {
             float most = first + h < heads.count && first_table + column < a.p.tables ? sides.most(h, column) : 0.f;
             most = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(most)));  // positive: ordered as integers
             if ((threadIdx.x & 31) == 0) atomicMax(&largest[(first + h) & 15], __float_as_uint(most));
@@ -110,7 +126,7 @@ __device__ void build_table(const Arguments& a, const float* probability, Heads 
     for (int first = 0; first < heads.count; first += 4) {
         if (heads.count > 4) {
             __syncthreads();
-            sides.load(a, probability, heads.first + first, heads.count - first, first_table);
+            sides.load(a, probability, heads.first + first, heads.count - first, first_table, [] {});
             __syncthreads();
         }
         float middle[8][4], last[4][4];

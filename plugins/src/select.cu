@@ -14,28 +14,48 @@ __global__ __launch_bounds__(select::kThreads, 2) void select_kernel(const __gri
 
 }  // namespace
 
-int plan_select_capacity(const Device& device) {
-    const auto room = [&](int blocks) {
-        const int bytes = (device.shared_memory + kSystemShared) / blocks - kSystemShared;
-        return (bytes - static_cast<int>(sizeof(select::Shared))) / 4 / select::kWarps * select::kWarps;
-    };
-    // Two blocks a multiprocessor where that leaves each enough.
-    return room(2) >= select::kLeastCapacity ? room(2) : room(1);
+void count_clusters(Device& device) {
+    for (int& count : device.clusters) count = 0;
+    device.clusters[1] = device.multiprocessors;
+    const size_t bytes = device.shared_memory;
+    if (device.architecture < 90 || set_up(select_kernel, bytes) != cudaSuccess) return;
+    for (int blocks = 2; blocks <= kMaxCluster; blocks++) {
+        Launch launch(dim3(blocks), dim3(select::kThreads), bytes, nullptr);
+        if (launch.cluster(blocks).count_clusters(select_kernel, device.clusters[blocks]) != cudaSuccess) {
+            device.clusters[blocks] = 0;
+        }
+    }
 }
 
-int plan_select(const Arguments& a, const Device& device) {
-    int blocks = 1;
-    if (device.architecture < 90) return blocks;
+void plan_select(Arguments& a, const Device& device) {
+    // Keys that a block can hold that shares a multiprocessor with others.
+    const auto room = [&](int sharing) {
+        const int bytes = (device.shared_memory + kSystemShared) / sharing - kSystemShared;
+        return (bytes - static_cast<int>(sizeof(select::Shared))) / 4 / select::kWarps * select::kWarps;
+    };
     const int64_t heads = static_cast<int64_t>(a.items) * a.select_heads;
     // What the sample lets through, with some room for warps that get more than their share.
     const double budget = static_cast<double>(a.list_stride) / a.max_length;
     const double collected = 1.25 * (budget + 4 * std::sqrt(budget / select::kMostSamples)) * a.max_length;
-    // Clusters must find room in one part of the GPU: one block a multiprocessor leaves them enough.
-    while (blocks < select::kMaxBlocks && a.max_length / (blocks * 2) >= select::kLeastTokens &&
-           (heads * blocks * 2 <= device.multiprocessors || collected / blocks > a.select_capacity)) {
-        blocks *= 2;
+    const auto long_enough = [&](int blocks) { return blocks == 1 || a.max_length / blocks >= select::kLeastTokens; };
+
+    // A multiprocessor for each block, as many as find room at once: where some would have to share, the device puts
+    // nearly all of them in pairs.
+    for (int blocks = kMaxCluster; blocks >= 1 && device.architecture >= 90; blocks--) {
+        if (heads > device.clusters[blocks] || !long_enough(blocks) || collected / blocks > room(1)) continue;
+        a.select_blocks = blocks;
+        a.select_capacity = room(1);
+        a.select_spread = 1;
+        return;
     }
-    return blocks;
+    // Two blocks a multiprocessor where that leaves each enough.
+    a.select_blocks = 1;
+    a.select_capacity = room(2) >= select::kLeastCapacity ? room(2) : room(1);
+    if (device.architecture < 90) return;
+    while (a.select_blocks < kMaxCluster && long_enough(a.select_blocks * 2) &&
+           collected / a.select_blocks > a.select_capacity) {
+        a.select_blocks *= 2;
+    }
 }
 
 cudaError_t launch_select(const Arguments& a, cudaStream_t stream) {

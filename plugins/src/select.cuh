@@ -11,7 +11,6 @@
 #ifndef SOCKET_TRT_SELECT_CUH_
 #define SOCKET_TRT_SELECT_CUH_
 
-#include "launchers.h"
 #include "select_search.cuh"
 
 namespace socket_trt {
@@ -390,8 +389,8 @@ __device__ inline bool select_head(const Arguments& a, Shared& shared, Selected&
     for (int i = threadIdx.x; i < kZeroed / 4; i += kThreads) {
         reinterpret_cast<uint4*>(shared.pool)[i] = make_uint4(0, 0, 0, 0);
     }
+    head.item = read_item(a, blockIdx.z);  // again: append's are not there yet
     wait_for_previous_kernel();
-    head.item = a.item[blockIdx.z];
     if (head.item.mode != kItemSparse) return false;
     head.index = static_cast<int64_t>(blockIdx.z) * a.select_heads + blockIdx.y;
     head.listed = select_slots(a, head.item, head.index, shared);

@@ -252,11 +252,12 @@ auto kernel_for(int head_size) -> void (*)(Arguments) {
 
 }  // namespace
 
-// Long lists take time for which it pays to divide them anew, evenly over the whole GPU; so do those of few blocks.
+// Long lists take time for which it pays to divide them anew, evenly over the whole GPU; so do those of few blocks that
+// may lie in pairs.
 bool plan_select_attend(const Arguments& a, const Device& device) {
     constexpr int kLongList = 2560, kLongForFew = 512;  // slots of a block
     const int64_t blocks = static_cast<int64_t>(a.items) * a.select_heads * a.select_blocks;
-    const int most = 4 * blocks >= 3 * device.multiprocessors ? kLongList : kLongForFew;
+    const int most = a.select_spread || 4 * blocks >= 3 * device.multiprocessors ? kLongList : kLongForFew;
     return device.architecture >= 90 && a.combined && select::shared_bytes(a) >= kRingBytes + kMostResultBytes &&
            a.list_stride <= most * a.select_blocks;
 }

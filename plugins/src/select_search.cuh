@@ -3,7 +3,7 @@
 #define SOCKET_TRT_SELECT_SEARCH_CUH_
 
 #include "cluster.cuh"
-#include "device.cuh"
+#include "launchers.h"
 
 namespace socket_trt {
 namespace select {
@@ -12,9 +12,10 @@ constexpr int kThreads = 512;
 constexpr int kBins = 16384;  // a key is the upper 14 of a positive float16's 15 bits
 constexpr int kCoarse = 128, kFine = kBins / kCoarse;
 constexpr int kWarps = kThreads / 32;
-constexpr int kOffsetBits = 17;  // of a collected key's place
+constexpr int kOffsetBits = 18;  // of a collected key's place
 constexpr uint32_t kOffsets = (1u << kOffsetBits) - 1;
-constexpr int kMaxBlocks = 8;       // of a cluster, on any GPU that has clusters
+static_assert(uint64_t{kBins} << kOffsetBits == uint64_t{1} << 32, "a word holds a bin and a place");
+constexpr int kMaxBlocks = kMaxCluster;
 constexpr int kLeastTokens = 4096;  // of a block
 constexpr int kMostSamples = 2048, kLeastSamples = 60;
 constexpr int kMostUnbounded = 4096;  // tokens, all of which a block collects

@@ -1,8 +1,10 @@
 // SocketAttention: the checks, the workspace, and the order of the stages.  The C interface ends here.
 #include <algorithm>
+#include <array>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <mutex>
 #include <string>
 
 #include "launch.h"
@@ -128,12 +130,7 @@ int32_t check_pointers(const SocketTrtAttentionParams& p) {
     return SOCKET_TRT_SUCCESS;
 }
 
-// The current device; where there is none, an H200 without an ordinal, so that sizes can be asked for anywhere.
-cudaError_t current_device(Device& device) {
-    device = Device{-1, 90, 132, 232448, 50 << 20};
-    int ordinal;
-    cudaError_t status = cudaGetDevice(&ordinal);
-    if (status != cudaSuccess) return status;
+cudaError_t describe_device(int ordinal, Device& device) {
     int major = 0, minor = 0;
     const struct {
         int* to;
@@ -144,12 +141,32 @@ cudaError_t current_device(Device& device) {
                       {&device.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin},
                       {&device.cache, cudaDevAttrL2CacheSize}};
     for (const auto& attribute : attributes) {
-        status = cudaDeviceGetAttribute(attribute.to, attribute.what, ordinal);
+        const cudaError_t status = cudaDeviceGetAttribute(attribute.to, attribute.what, ordinal);
         if (status != cudaSuccess) return status;
     }
     device.ordinal = ordinal;
     device.architecture = major * 10 + minor;
+    count_clusters(device);
     return cudaSuccess;
+}
+
+// The current device; where there is none, an H200 without an ordinal, so that sizes can be asked for anywhere.
+cudaError_t current_device(Device& device) {
+    struct Known {
+        std::once_flag once;
+        cudaError_t status;
+        Device device;
+    };
+    static std::array<Known, kMaxDevices> known;
+    device = Device{-1, 90, 132, 232448, 50 << 20, {0, 132, 66, 39, 30, 22, 17, 15, 15}};
+    int ordinal;
+    const cudaError_t status = cudaGetDevice(&ordinal);
+    if (status != cudaSuccess) return status;
+    if (ordinal < 0 || ordinal >= kMaxDevices) return cudaErrorInvalidDevice;
+    Known& this_one = known[ordinal];
+    std::call_once(this_one.once, [&] { this_one.status = describe_device(ordinal, this_one.device); });
+    if (this_one.status == cudaSuccess) device = this_one.device;
+    return this_one.status;
 }
 
 // The kernel that attends densely.
@@ -226,8 +243,7 @@ int32_t make_plan(const SocketTrtAttentionParams& p, const Device& device, Plan&
 
     if (a.sparse && a.items > 0) {
         plan.score = plan_score(a, device);
-        a.select_capacity = plan_select_capacity(device);
-        a.select_blocks = plan_select(a, device);
+        plan_select(a, device);
         a.select_attends = plan_select_attend(a, device);
     }
     const int64_t selecting = a.sparse ? static_cast<int64_t>(a.items) * a.select_heads : 0;
@@ -280,9 +296,11 @@ cudaError_t launch_prefill(const Arguments& a, const Device& device, cudaStream_
          &p.sliding_window, &p.tokens, &p.query_heads, &p.kv_heads, &p.pages, &p.pages_per_sequence, &a.page_shift});
 }
 
-int32_t run(const Plan& plan, const Device& device, cudaStream_t stream) {
+int32_t run(Plan& plan, const Device& device, cudaStream_t stream) {
     const Arguments& a = plan.arguments;
     const uint32_t stages = a.p.stages == 0 ? ~0u : a.p.stages;
+    // Kernels look at the inputs before the one in front of them has ended: that has to be append, not what made them.
+    if ((stages & SOCKET_TRT_STAGE_APPEND) == 0) plan.arguments.overlapped = 0;
     // Dense items among sparse ones: short sequences, and several tokens of one sequence where every token is an item.
     const bool sparse = a.sparse && a.items > 0;
     const bool dense = a.items > 0 && (!a.sparse || a.p.min_length > 0 || (a.items_are_tokens && a.items > 1));

@@ -141,6 +141,22 @@ def test_the_best_tokens_lie_together(first: int, count: int, selection: str, pl
     check(step)
 
 
+@pytest.mark.parametrize("heads", [4, 8, 16, 20, 28, 32, 64, 80, 144])
+def test_every_number_of_blocks_for_a_head(heads: int) -> None:
+    """Eight blocks make a head's list together, or fewer down to one, with a multiprocessor each or two sharing one."""
+    config = config_of(page_size=128, tables=60, planes=8, budget_permille=30)
+    step = long_step(
+        [(33000, 1)], config, query_heads=heads, kv_heads=heads // 4, head_size=64, dtype=torch.float16, seed=6
+    )
+    check(step)
+
+
+def test_a_block_that_selects_among_more_than_131072_tokens() -> None:
+    config = config_of(page_size=128, tables=16, planes=8, budget_permille=5)
+    step = long_step([(420000, 1)], config, query_heads=32, kv_heads=8, head_size=64, dtype=torch.float16, seed=7)
+    check(step)
+
+
 @pytest.mark.parametrize("head_size", [64, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_selection_and_attention_in_one_kernel_and_in_two(dtype: torch.dtype, head_size: int) -> None:
