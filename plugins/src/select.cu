@@ -17,18 +17,18 @@ __global__ __launch_bounds__(select::kThreads, 2) void select_kernel(const __gri
 void count_clusters(Device& device) {
     for (int& count : device.clusters) count = 0;
     device.clusters[1] = device.multiprocessors;
+    if (device.architecture < 90) return;
     const size_t bytes = device.shared_memory;
-    if (device.architecture < 90 || set_up(select_kernel, bytes) != cudaSuccess) return;
-    for (int blocks = 2; blocks <= kMaxCluster; blocks++) {
+    cudaError_t status = set_up(select_kernel, bytes);
+    for (int blocks = 2; blocks <= kMaxCluster && status == cudaSuccess; blocks++) {
         Launch launch(dim3(blocks), dim3(select::kThreads), bytes, nullptr);
-        if (launch.cluster(blocks).count_clusters(select_kernel, device.clusters[blocks]) != cudaSuccess) {
-            device.clusters[blocks] = 0;
-        }
+        status = launch.cluster(blocks).count_clusters(select_kernel, device.clusters[blocks]);
     }
+    if (status != cudaSuccess) (void)cudaGetLastError();  // a caller's next check is not about this
 }
 
 void plan_select(Arguments& a, const Device& device) {
-    // Keys that a block can hold that shares a multiprocessor with others.
+    // Keys that a block can hold where so many share a multiprocessor.
     const auto room = [&](int sharing) {
         const int bytes = (device.shared_memory + kSystemShared) / sharing - kSystemShared;
         return (bytes - static_cast<int>(sizeof(select::Shared))) / 4 / select::kWarps * select::kWarps;
