@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import functools
 
 import numpy as np
 import onnx_ir as ir
@@ -12,7 +12,6 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from socket_trt import names
-from socket_trt.config import SocketConfig
 from socket_trt.engine.build import BuildOptions, build_engine
 from socket_trt.engine.compile import load_network
 from socket_trt.engine.manifest import EngineDirectory
@@ -26,14 +25,15 @@ from socket_trt.runtime.onnxruntime_session import OnnxRuntimeSession, session_o
 from socket_trt.runtime.session import StepBatch
 from socket_trt.validation.scenario import make_scenario
 from socket_trt.weights import map_tensor
-from tests.engines import tiny_engine
+from tests.engines import SOCKET, temporary_directory, tiny_engine
 from tests.families import save_checkpoint
 
-SOCKET = SocketConfig(min_length=0, sink=8, window=8, budget_tokens=0, budget_permille=100, page_size=16)
 
-
-def family_engine(name: str, directory: Path, dtype: torch.dtype) -> EngineDirectory:
-    checkpoint = save_checkpoint(name, directory / "checkpoint", dtype=dtype)
+@functools.cache
+def family_engine(name: str, stored: torch.dtype) -> EngineDirectory:
+    """A float16 engine for TensorRT of a small model of a family, whose checkpoint has `stored` weights; to be read."""
+    directory = temporary_directory()
+    checkpoint = save_checkpoint(name, directory / "checkpoint", dtype=stored)
     options = BuildOptions(SOCKET, dtype="float16", backend="tensorrt", max_seq_len=256)
     build_engine(resolve_model(str(checkpoint)), directory / "engine", options, Silent())
     return EngineDirectory.open(directory / "engine")
@@ -68,10 +68,8 @@ def run(engine: EngineDirectory, graph: NetworkGraph, step: StepBatch, num_pages
     ("family", "stored", "opset17"),
     [("llama3.2", torch.bfloat16, True), ("gemma2", torch.float16, True), ("qwen2", torch.float16, False)],
 )
-def test_the_network_computes_what_the_graph_computes(
-    family: str, stored: torch.dtype, opset17: bool, tmp_path: Path
-) -> None:
-    engine = family_engine(family, tmp_path, stored)
+def test_the_network_computes_what_the_graph_computes(family: str, stored: torch.dtype, opset17: bool) -> None:
+    engine = family_engine(family, stored)
     graph = load_network(engine, 8 if opset17 else 10)
     assert graph.model.graph.opset_imports[""] == (17 if opset17 else 18)
     assert {part for name in graph.weights for part in parts_of(name)} == set(engine.manifest.weights.tensors)
@@ -171,21 +169,26 @@ def test_types_tell_what_is_float32_in_a_float16_graph() -> None:
     assert not graph.float32 & graph.float16
 
 
-def test_hidden_states_are_matrices_where_tensorrt_times_every_layout_of_three_axes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "stored"),
+    [("llama3.2", torch.bfloat16), ("gemma2", torch.float16), ("phi3", torch.float16), ("qwen3", torch.float16)],
+)
+def test_hidden_states_are_matrices_where_tensorrt_times_every_layout_of_three_axes(
+    family: str, stored: torch.dtype
+) -> None:
     """Up to the last: what takes the rows whose logits are wanted.  Rotary tables and attention have four axes."""
-    for family in ("llama3.2", "gemma2", "phi3", "qwen3"):
-        engine = family_engine(family, tmp_path / family, torch.float16)
-        wide = {
-            major: [
-                node.op_type
-                for node in load_network(engine, major).model.graph
-                if node.outputs[0].shape is not None and len(node.outputs[0].shape) == 3
-            ]
-            for major in (8, 10)
-        }
-        assert len(wide[10]) > 40
-        assert set(wide[8]) <= {"Unsqueeze", "Transpose", "GatherND", "MatMul", "Div", "Tanh", "Mul"}
-        assert len(wide[8]) <= 12
+    engine = family_engine(family, stored)
+    wide = {
+        major: [
+            node.op_type
+            for node in load_network(engine, major).model.graph
+            if node.outputs[0].shape is not None and len(node.outputs[0].shape) == 3
+        ]
+        for major in (8, 10)
+    }
+    assert len(wide[10]) > 40
+    assert set(wide[8]) <= {"Unsqueeze", "Transpose", "GatherND", "MatMul", "Div", "Tanh", "Mul"}
+    assert len(wide[8]) <= 12
 
 
 def test_attributes_can_be_changed() -> None:
@@ -259,9 +262,9 @@ def test_halves_of_a_head_change_places_by_one_slice(middle: int, axis: int, rew
 
 
 @pytest.mark.parametrize("family", ["phi3", "gemma2"])
-def test_a_graph_of_opset_18_is_lowered_where_the_parser_needs_it(family: str, tmp_path: Path) -> None:
+def test_a_graph_of_opset_18_is_lowered_where_the_parser_needs_it(family: str) -> None:
     """From the file: what lowering needs to know of shapes was saved."""
-    engine = family_engine(family, tmp_path, torch.float16)
+    engine = family_engine(family, torch.float16)
     assert engine.manifest.graph.opset == 18
     graph = load_network(engine, 8)
     assert graph.model.graph.opset_imports[""] == 17
