@@ -17,7 +17,8 @@ struct Device {
     int multiprocessors;
     int shared_memory;  // bytes a block can have
     int cache;          // bytes of the L2 cache
-    // Clusters of so many blocks that it has room for at once, where each block needs a multiprocessor for itself.
+    // Clusters of so many blocks that it has room for at once, where each block needs a multiprocessor for itself; none
+    // before compute capability 9.0.
     int clusters[kMaxCluster + 1];
 };
 

@@ -41,7 +41,8 @@ struct Sides {
     template <typename Meanwhile>
     __device__ __forceinline__ void load(const Arguments& a, const float* probability, int first, int count,
                                          int first_table, Meanwhile meanwhile) {
-        constexpr int kRows = 4 * kBits, kAtOnce = 3, kColumns = COLUMNS / 32;
+        constexpr int kRows = 4 * kBits, kColumns = COLUMNS / 32;
+        constexpr int kAtOnce = 3;  // rows of a warp: all of them, of eight planes, from eleven warps on
         const int rank = a.p.planes_per_table, missing = kBits - rank;
         const int warp = threadIdx.x >> 5, warps = blockDim.x >> 5, lane = threadIdx.x & 31;
         for (int base = warp; base < kRows; base += kAtOnce * warps) {

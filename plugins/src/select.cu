@@ -16,8 +16,8 @@ __global__ __launch_bounds__(select::kThreads, 2) void select_kernel(const __gri
 
 void count_clusters(Device& device) {
     for (int& count : device.clusters) count = 0;
-    device.clusters[1] = device.multiprocessors;
     if (device.architecture < 90) return;
+    device.clusters[1] = device.multiprocessors;
     const size_t bytes = device.shared_memory;
     cudaError_t status = set_up(select_kernel, bytes);
     for (int blocks = 2; blocks <= kMaxCluster && status == cudaSuccess; blocks++) {
@@ -41,7 +41,7 @@ void plan_select(Arguments& a, const Device& device) {
 
     // A multiprocessor for each block, as many as find room at once: where some would have to share, the device puts
     // nearly all of them in pairs.
-    for (int blocks = kMaxCluster; blocks >= 1 && device.architecture >= 90; blocks--) {
+    for (int blocks = kMaxCluster; blocks >= 1; blocks--) {
         if (heads > device.clusters[blocks] || !long_enough(blocks) || collected / blocks > room(1)) continue;
         a.select_blocks = blocks;
         a.select_capacity = room(1);

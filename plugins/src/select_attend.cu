@@ -184,7 +184,7 @@ struct Partial {
     }
 };
 
-constexpr size_t kMostResultBytes = sizeof(Partial<256, select::kMaxBlocks>);  // of blocks
+constexpr size_t kMostResultBytes = sizeof(Partial<256, kMaxCluster>);  // of blocks
 
 template <typename T, int SIZE>
 __global__ __launch_bounds__(kThreads, 2) void select_attend_kernel(const __grid_constant__ Arguments a) {
@@ -208,8 +208,7 @@ __global__ __launch_bounds__(kThreads, 2) void select_attend_kernel(const __grid
     // The warps' results lie where the rings were, the blocks' in the first block and behind its rings, which may still
     // turn.
     Partial<SIZE, kWarps>& of_warps = *reinterpret_cast<Partial<SIZE, kWarps>*>(dynamic);
-    Partial<SIZE, select::kMaxBlocks>& of_blocks =
-        *reinterpret_cast<Partial<SIZE, select::kMaxBlocks>*>(dynamic + kRingBytes);
+    Partial<SIZE, kMaxCluster>& of_blocks = *reinterpret_cast<Partial<SIZE, kMaxCluster>*>(dynamic + kRingBytes);
     static_assert(sizeof(of_warps) <= kRingBytes && sizeof(of_blocks) <= kMostResultBytes && SIZE <= kThreads, "room");
     __syncthreads();
     if (lane < R::kPiecesEach) {

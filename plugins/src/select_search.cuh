@@ -15,7 +15,6 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kOffsetBits = 18;  // of a collected key's place
 constexpr uint32_t kOffsets = (1u << kOffsetBits) - 1;
 static_assert(uint64_t{kBins} << kOffsetBits == uint64_t{1} << 32, "a word holds a bin and a place");
-constexpr int kMaxBlocks = kMaxCluster;
 constexpr int kLeastTokens = 4096;  // of a block
 constexpr int kMostSamples = 2048, kLeastSamples = 60;
 constexpr int kMostUnbounded = 4096;  // tokens, all of which a block collects
@@ -47,7 +46,7 @@ struct Found {
 };
 
 struct Shared {
-    uint32_t coarse[kMaxBlocks][kCoarse];
+    uint32_t coarse[kMaxCluster][kCoarse];
     uint32_t warp_count[2][kWarps];
     uint32_t incomplete;
     Found found;

@@ -213,6 +213,10 @@ struct Plan {
     uint64_t workspace_bytes;
 };
 
+uint32_t stages_of(const SocketTrtAttentionParams& p) {
+    return p.stages == 0 ? ~0u : p.stages;
+}
+
 int32_t make_plan(const SocketTrtAttentionParams& p, const Device& device, Plan& plan) {
     Arguments& a = plan.arguments;
     a = Arguments{};
@@ -226,7 +230,8 @@ int32_t make_plan(const SocketTrtAttentionParams& p, const Device& device, Plan&
     a.sparse = p.min_length < a.max_length;
     a.select_heads = p.selection == SOCKET_TRT_KV_HEAD ? p.kv_heads : p.query_heads;
     a.combined = a.sparse && a.select_heads == p.query_heads;
-    a.overlapped = device.architecture >= 90;
+    // Kernels look at the inputs before the one in front of them has ended: that has to be append, not what made them.
+    a.overlapped = device.architecture >= 90 && (stages_of(p) & SOCKET_TRT_STAGE_APPEND) != 0;
     a.prefill_tiles = a.items_are_tokens ? 0 : p.tokens / kPrefillRows + p.sequences;
 
     const int64_t length = a.max_length;
@@ -296,11 +301,9 @@ cudaError_t launch_prefill(const Arguments& a, const Device& device, cudaStream_
          &p.sliding_window, &p.tokens, &p.query_heads, &p.kv_heads, &p.pages, &p.pages_per_sequence, &a.page_shift});
 }
 
-int32_t run(Plan& plan, const Device& device, cudaStream_t stream) {
+int32_t run(const Plan& plan, const Device& device, cudaStream_t stream) {
     const Arguments& a = plan.arguments;
-    const uint32_t stages = a.p.stages == 0 ? ~0u : a.p.stages;
-    // Kernels look at the inputs before the one in front of them has ended: that has to be append, not what made them.
-    if ((stages & SOCKET_TRT_STAGE_APPEND) == 0) plan.arguments.overlapped = 0;
+    const uint32_t stages = stages_of(a.p);
     // Dense items among sparse ones: short sequences, and several tokens of one sequence where every token is an item.
     const bool sparse = a.sparse && a.items > 0;
     const bool dense = a.items > 0 && (!a.sparse || a.p.min_length > 0 || (a.items_are_tokens && a.items > 1));
