@@ -96,7 +96,7 @@ class SocketConfig(BaseModel):
     window: int = Field(128, ge=1, le=INT32_MAX, description="last tokens, always attended, the current one included")
     budget_tokens: int = Field(1024, ge=0, le=INT32_MAX, description="least number of chosen tokens")
     budget_permille: int = Field(50, ge=0, le=1000, description="chosen tokens per 1000 tokens of length")
-    # Measured on one H100 at batch 1: slower than dense at 16K tokens, faster at 32K (benchmarks/results).
+    # Measured at batch 1: on an H200 slower than dense at 16K tokens, faster at 32K (benchmarks/results).
     min_length: int = Field(32768, ge=0, le=INT32_MAX, description="sequences no longer than this are attended densely")
     selection: Selection = Selection.query_head
     page_size: int = Field(128, ge=MIN_PAGE_SIZE, le=MAX_PAGE_SIZE, description="tokens a page of the cache")

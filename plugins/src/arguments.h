@@ -56,6 +56,7 @@ struct Arguments {
     int32_t combined;         // the sparse attention kernel combines its parts itself
     int32_t select_blocks;    // blocks that select for one head together: a cluster
     int32_t select_capacity;  // keys that such a block can hold
+    int32_t select_attached;  // words of shared memory behind them: where such a block attends, its slots and results
     int32_t select_spread;    // such a block has a multiprocessor for itself
     int32_t select_attends;   // they attend to what they have selected
     int32_t overlapped;       // the device can begin a kernel while the one before it still runs

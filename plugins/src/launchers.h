@@ -60,7 +60,7 @@ void plan_select(Arguments& a, const Device& device);
 // Fills device.clusters.
 void count_clusters(Device& device);
 // Whether they attend, too.
-bool plan_select_attend(const Arguments& a, const Device& device);
+bool plan_select_attend(Arguments& a, const Device& device);
 
 cudaError_t launch_append(const Arguments& a, cudaStream_t stream);
 cudaError_t launch_score(const Arguments& a, const ScorePlan& plan, cudaStream_t stream);

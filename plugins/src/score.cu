@@ -58,6 +58,7 @@ struct Share {
 // Every sparse item has one of the `slots` blocks (for each set of heads), and of the others what its length deserves.
 // All lanes of a warp must call it; item < 0: nothing to do.
 __device__ Share find_share(const Arguments& a, int slots, int slot) {
+    if (a.items == 1) return Share{0, slot, slots};
     const int lane = threadIdx.x & 31;
     const auto read_weight = [&](int i) -> uint32_t {
         if (i >= a.items) return 0;
@@ -262,7 +263,7 @@ __global__ __launch_bounds__(kMaxWarps * 32, 1) void score_kernel(const __grid_c
     const Candidates candidates(a, item.length);
     const int begin = candidates.begin();
     int first_unit = 0, last_unit = 0;
-    if (candidates.count() > attended_budget(a, item.length)) {  // else all of them are attended
+    if (item.mode == kItemSparse && candidates.count() > attended_budget(a, item.length)) {  // else all are attended
         const int units = (candidates.last - begin + L::kUnit - 1) / L::kUnit;
         const int each = (units + share.parts - 1) / share.parts;
         first_unit = share.part * each, last_unit = min(units, first_unit + each);

@@ -1,6 +1,4 @@
 // The kernel that lists what each selecting head of the sparse items attends to, and how selection is laid out.
-#include <cmath>
-
 #include "select.cuh"
 
 namespace socket_trt {
@@ -8,8 +6,7 @@ namespace {
 
 __global__ __launch_bounds__(select::kThreads, 2) void select_kernel(const __grid_constant__ Arguments a) {
     extern __shared__ __align__(16) char dynamic[];
-    select::Selected head;
-    select::select_head(a, *reinterpret_cast<select::Shared*>(dynamic), head);
+    select::select_head<0>(a, *reinterpret_cast<select::Shared*>(dynamic), 0, [](auto&&...) {});
 }
 
 }  // namespace
@@ -34,9 +31,8 @@ void plan_select(Arguments& a, const Device& device) {
         return (bytes - static_cast<int>(sizeof(select::Shared))) / 4 / select::kWarps * select::kWarps;
     };
     const int64_t heads = static_cast<int64_t>(a.items) * a.select_heads;
-    // What the sample lets through, with some room for warps that get more than their share.
-    const double budget = static_cast<double>(a.list_stride) / a.max_length;
-    const double collected = 1.25 * (budget + 4 * std::sqrt(budget / select::kMostSamples)) * a.max_length;
+    a.select_blocks = 1;
+    const double collected = select::expected_keys(a);
     const auto long_enough = [&](int blocks) { return blocks == 1 || a.max_length / blocks >= select::kLeastTokens; };
 
     // A multiprocessor for each block, as many as find room at once: where some would have to share, the device puts
@@ -49,7 +45,6 @@ void plan_select(Arguments& a, const Device& device) {
         return;
     }
     // Two blocks a multiprocessor where that leaves each enough.
-    a.select_blocks = 1;
     a.select_capacity = room(2) >= select::kLeastCapacity ? room(2) : room(1);
     if (device.architecture < 90) return;
     while (a.select_blocks < kMaxCluster && long_enough(a.select_blocks * 2) &&

@@ -11,6 +11,8 @@
 #ifndef SOCKET_TRT_SELECT_CUH_
 #define SOCKET_TRT_SELECT_CUH_
 
+#include <cmath>
+
 #include "select_search.cuh"
 
 namespace socket_trt {
@@ -158,22 +160,87 @@ __device__ inline uint32_t collect(const Part& part, Stages& stages, uint32_t le
     return collected;
 }
 
+// What one head attends to: fixed tokens, before and behind its candidates, and a budget of those.
+struct Choice {
+    int first, last;         // candidates
+    int visible;             // first position inside the sliding window
+    uint32_t budget;         // 0: all visible tokens are fixed, or none else is wanted
+    uint32_t before, fixed;  // fixed tokens in front of the candidates, and altogether
+
+    __device__ __forceinline__ Choice(const Arguments& a, int length) {
+        const Candidates candidates(a, length);
+        first = min(candidates.first, length), last = max(candidates.last, first), visible = candidates.visible;
+        budget = attended_budget(a, length);
+        if (last - first <= budget) first = last = length, budget = 0;
+        before = first - visible, fixed = before + length - last;
+    }
+    __device__ __forceinline__ int fixed_position(uint32_t i) const {
+        return (i < before ? visible : last - before) + i;
+    }
+    __device__ __forceinline__ uint32_t fixed_place(uint32_t i) const { return i < before ? i : i + budget; }
+};
+
+// The list of a head's cache slots, by position.  STEP > 0: it lies in the shared memory of the cluster's blocks, equal
+// parts of `part` slots each, such that each warp's share is a multiple of STEP, and `own` of them in this block; 0: in
+// the workspace.
+template <int STEP>
 struct List {
     const Arguments& a;
-    int row;
+    const Channel channel;
+    int row, listed;
     int32_t* slots;
+    int part = 0, own = 0;
 
+    __device__ __forceinline__ List(const Arguments& a, Shared& shared, int row, int64_t index, const Choice& choice)
+        : a(a),
+          channel(shared.arrived[kSlots], gridDim.x),
+          row(row),
+          listed(min(choice.fixed + choice.budget, static_cast<uint32_t>(a.list_stride))) {
+        if constexpr (STEP > 0) {
+            const int parts = gridDim.x * kWarps;
+            part = ((listed + parts - 1) / parts + STEP - 1) / STEP * (STEP * kWarps);
+            own = clamp(listed - static_cast<int>(blockIdx.x) * part, 0, part);
+            slots = reinterpret_cast<int32_t*>(shared.collected + a.select_capacity);
+        } else {
+            slots = a.slot + index * a.list_stride;
+        }
+    }
     __device__ __forceinline__ int slot_of(int position) const {
         return slot_in_page(a, read_page(a, row, position), position);
     }
     __device__ __forceinline__ void put(uint32_t place, int slot) const {
-        if (place < static_cast<uint32_t>(a.list_stride)) slots[place] = slot;
+        if (place >= static_cast<uint32_t>(listed)) return;
+        if constexpr (STEP > 0) {
+            int block = 0;
+            for (; place >= static_cast<uint32_t>(part); place -= part) block++;
+            channel.send(reinterpret_cast<uint32_t*>(slots) + place, block, slot);
+        } else {
+            slots[place] = slot;
+        }
     }
-    // This block's part of the positions [first, last), from `place` on.
-    __device__ void put_all(uint32_t place, int first, int last, int blocks, int block) const {
-        for (int p = first + block * kThreads + threadIdx.x; p < last; p += blocks * kThreads)
-            put(place + p - first, slot_of(p));
+};
+
+// A thread's fixed tokens, of which it has looked up the first one's slot early.
+class FixedTokens {
+  public:
+    __device__ __forceinline__ FixedTokens(const Choice& choice) : choice_(choice) {}
+    template <int STEP>
+    __device__ __forceinline__ void look_up(const List<STEP>& list) {
+        if (own() < choice_.fixed) slot_ = list.slot_of(choice_.fixed_position(own()));
     }
+    template <int STEP>
+    __device__ __forceinline__ void put(const List<STEP>& list) const {
+        if (own() < choice_.fixed) list.put(choice_.fixed_place(own()), slot_);
+        for (uint32_t i = own() + gridDim.x * kThreads; i < choice_.fixed; i += gridDim.x * kThreads) {
+            list.put(choice_.fixed_place(i), list.slot_of(choice_.fixed_position(i)));
+        }
+    }
+
+  private:
+    __device__ __forceinline__ uint32_t own() const { return blockIdx.x * kThreads + threadIdx.x; }
+
+    const Choice& choice_;
+    int slot_ = 0;
 };
 
 // How many of a warp's collected tokens are above the threshold (lower half) or at it (upper half).
@@ -194,9 +261,9 @@ struct Progress {
 };
 
 // List a warp's collected tokens that are above the threshold or the first at it.
-template <typename SlotOf>
-__device__ __forceinline__ void put_collected(const List& list, SlotOf slot_of, const uint32_t* held, uint32_t count,
-                                              uint32_t threshold, Progress& progress) {
+template <int STEP, typename SlotOf>
+__device__ __forceinline__ void put_collected(const List<STEP>& list, SlotOf slot_of, const uint32_t* held,
+                                              uint32_t count, uint32_t threshold, Progress& progress) {
     const uint32_t lane = threadIdx.x & 31, below = (1u << lane) - 1;
 #pragma unroll 2
     for (uint32_t base = 0; base < count; base += 32) {
@@ -251,34 +318,28 @@ __device__ inline uint32_t sample_bound(const Samples& samples, uint32_t among, 
     // Four standard deviations more than the budget's share of the sample.
     const float share = static_cast<float>(budget) / among * samples.taken;
     const uint32_t wanted = static_cast<uint32_t>(share + 4.f * sqrtf(share)) + 4;
-    if (threadIdx.x < 32) find_threshold(shared, count, 1, 0, wanted);
+    if (threadIdx.x < 32) {
+        const Found found = find_own(shared, count, wanted);
+        if (threadIdx.x == 0) shared.found = found;
+    }
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < Samples::kOwn; i++) count[samples.bin[i]] = 0;
     return shared.found.enclosed ? shared.found.bin * (kBins / kSampleBins) : 0;
 }
 
-// List the slots of head `index` of all items' selecting heads, this block its part of them, and return their number.
-// All blocks of the cluster must call it, and none looks at another's shared memory after it.
-__device__ inline int select_slots(const Arguments& a, const Item& item, int64_t index, Shared& shared) {
-    const int blocks = gridDim.x, block = blockIdx.x;
-    const Candidates candidates(a, item.length);
-    const int first = min(candidates.first, item.length), last = max(candidates.last, first);
-    const uint32_t budget = attended_budget(a, item.length), among = last - first;
-    const List list{a, item.row, a.slot + index * a.list_stride};
-    if (among <= budget) {
-        list.put_all(0, candidates.visible, item.length, blocks, block);
-        return min(item.length - candidates.visible, a.list_stride);
-    }
-    const uint32_t fixed_before = first - candidates.visible, fixed = fixed_before + item.length - last;
-    const int listed = min(fixed + budget, static_cast<uint32_t>(a.list_stride));
-    const auto list_fixed = [&] {
-        list.put_all(0, candidates.visible, first, blocks, block);
-        list.put_all(fixed_before + budget, last, item.length, blocks, block);
-    };
+// List the slots of head `index` of all items' selecting heads, this block its part of them.  All blocks of the cluster
+// must call it.
+template <int STEP>
+__device__ inline void select_slots(const Arguments& a, const Choice& choice, const List<STEP>& list,
+                                    const FixedTokens& fixed, int64_t index, Shared& shared) {
+    const int blocks = gridDim.x, block = blockIdx.x, first = choice.first, last = choice.last;
+    const uint32_t budget = choice.budget, among = last - first;
     if (budget == 0) {
-        list_fixed();
-        return listed;
+        arrive_at_cluster();
+        wait_for_cluster();
+        fixed.put(list);
+        return;
     }
     const Samples samples(a, index, first, last);  // asked for before the keys
     __syncthreads();                               // the histogram is zero
@@ -298,35 +359,37 @@ __device__ inline int select_slots(const Arguments& a, const Item& item, int64_t
     const bool numbered = share * kWarps * 8 <= 1 << kOffsetBits;
     if (threadIdx.x == 0) shared.incomplete = !numbered;
     __syncthreads();
-    arrive_at_cluster();
+    arrive_at_cluster();  // sums of the sample are needed no more
     uint32_t collected;
     Found found;
     for (int round = 0;; round++) {
         collected = collect(part, stages, least, true, room);
         if (collected > room.capacity) shared.incomplete = 1;
-        if (numbered) pages.copy(item.row, part);
+        if (numbered) pages.copy(list.row, part);
         __syncthreads();
-        wait_for_cluster();  // all have begun, and none is still looking
+        if (round == 0) wait_for_cluster();
         sum_bins(shared, room.count, room.bins, blocks, block);
+        if (blocks == 1) __syncthreads();
+        if (threadIdx.x < 32) {
+            found = find_threshold(shared, room.count, blocks, block, budget, round);
+            if (threadIdx.x == 0) shared.found = found;
+        }
+        if (round == 0) fixed.put(list);
         __syncthreads();
-        arrive_at_cluster();
-        if (round == 0) list_fixed();
-        wait_for_cluster();
-        if (threadIdx.x < 32) find_threshold(shared, room.count, blocks, block, budget);
-        __syncthreads();
-        arrive_at_cluster();
         found = shared.found;
         const uint32_t beyond = room.bins - 1;  // keys that are not told apart
         const bool above = found.enclosed && found.bin == beyond, below = !found.enclosed && least > 0;
         if (round == kMostRounds || !bounded || (!above && !below)) break;
         // The sample misled: the same with a bound such that the last bin begins, or ends, where the present ones do.
         least = above ? least + beyond : least > beyond ? least - beyond : 0;
-        wait_for_cluster();
+        if (threadIdx.x == 0) {
+            Channel(shared.arrived[kSums], blocks).expect(blocks * sizeof(shared.coarse[0]));
+            Channel(shared.arrived[kBinsOfSum], blocks).expect(blocks * sizeof(shared.fine[0]));
+        }
         for (int i = threadIdx.x; i < room.bins; i += kThreads) room.count[i] = 0;
         pages.wait();
         stages = Stages(part, room.ring);
         __syncthreads();
-        arrive_at_cluster();
     }
     found.bin += least;
 
@@ -371,36 +434,49 @@ __device__ inline int select_slots(const Arguments& a, const Item& item, int64_t
         const uint32_t above = __reduce_add_sync(~0u, lane < warp ? shared.warp_count[0][lane] : 0);
         const uint32_t tied = __reduce_add_sync(~0u, lane < warp ? shared.warp_count[1][lane] : 0);
         const uint32_t ties = budget - found.above, ties_before = min(found.ties_before + tied, ties);
-        progress = Progress{fixed_before + found.above_before + above + ties_before, ties - ties_before};
+        progress = Progress{choice.before + found.above_before + above + ties_before, ties - ties_before};
     }
-    wait_for_cluster();
-    return listed;
 }
 
-// What a block, with its cluster, has selected.
-struct Selected {
-    Item item;
-    int64_t index;  // of the head among all items' selecting heads
-    int listed;     // slots
-};
-
-// A kernel's beginning: select for the head that this block's place in the grid names.  False: its item is not sparse.
-__device__ inline bool select_head(const Arguments& a, Shared& shared, Selected& head) {
+// Select for the head that this block's place in the grid names, unless its item is not sparse; then use(item, index,
+// list), `index` being the head's among all items' selecting heads.  The cluster's first block will receive so many
+// bytes of results.
+template <int STEP, typename Use>
+__device__ __forceinline__ void select_head(const Arguments& a, Shared& shared, uint32_t result_bytes, Use use) {
     for (int i = threadIdx.x; i < kZeroed / 4; i += kThreads) {
         reinterpret_cast<uint4*>(shared.pool)[i] = make_uint4(0, 0, 0, 0);
     }
-    head.item = read_item(a, blockIdx.z);  // again: append's are not there yet
+    // Items and page numbers anew: append's are not there yet.
+    const Item item = read_item(a, blockIdx.z);
+    const int64_t index = static_cast<int64_t>(blockIdx.z) * a.select_heads + blockIdx.y;
+    const Choice choice(a, item.length);
+    const List<STEP> list(a, shared, item.row, index, choice);
+    FixedTokens fixed(choice);
+    if (threadIdx.x == 0) {
+        const int blocks = gridDim.x;
+        Channel(shared.arrived[kSums], blocks).prepare(blocks * sizeof(shared.coarse[0]));
+        Channel(shared.arrived[kBinsOfSum], blocks).prepare(blocks * sizeof(shared.fine[0]));
+        Channel(shared.arrived[kSlots], blocks).prepare(list.own * sizeof(int32_t));
+        Channel(shared.arrived[kResults], blocks).prepare(blockIdx.x == 0 ? result_bytes : 0);
+    }
+    if (item.mode == kItemSparse) fixed.look_up(list);
     wait_for_previous_kernel();
-    if (head.item.mode != kItemSparse) return false;
-    head.index = static_cast<int64_t>(blockIdx.z) * a.select_heads + blockIdx.y;
-    head.listed = select_slots(a, head.item, head.index, shared);
-    if (blockIdx.x == 0 && threadIdx.x == 0) a.listed[head.index] = head.listed;
-    return true;
+    if (item.mode != kItemSparse) return;
+    select_slots(a, choice, list, fixed, index, shared);
+    if (blockIdx.x == 0 && threadIdx.x == 0) a.listed[index] = list.listed;
+    use(item, index, list);
+}
+
+// Keys that a block has to collect, with some room for warps that get more than their share, and for what the sample
+// lets through.
+inline double expected_keys(const Arguments& a) {
+    const double budget = static_cast<double>(a.list_stride) / a.max_length;
+    return 1.25 * (budget + 4 * std::sqrt(budget / kMostSamples)) * a.max_length / a.select_blocks;
 }
 
 // Bytes of shared memory that a block needs.
 inline size_t shared_bytes(const Arguments& a) {
-    return sizeof(Shared) + a.select_capacity * sizeof(uint32_t);
+    return sizeof(Shared) + (a.select_capacity + a.select_attached) * sizeof(uint32_t);
 }
 
 // Launch a kernel that begins with select_head: a cluster for each head of each item.

@@ -5,6 +5,8 @@
 // A row of keys or values is read by 8, 16 or 32 lanes, 16 bytes each.  With one query head for each token there is
 // nothing to share: a lane copies its pieces to a ring of its own in shared memory, from which it alone takes them, and
 // no thread waits for another.
+#include <cstddef>
+
 #include "select.cuh"
 
 namespace socket_trt {
@@ -16,6 +18,7 @@ using select::kWarps;
 constexpr int kPieces = 2;  // that a lane takes of keys, and of values, in one step
 constexpr int kStages = 3;  // steps in the ring
 constexpr int kStageBytes = kThreads * 2 * kPieces * 16, kRingBytes = kStages * kStageBytes;
+constexpr size_t kRings = offsetof(select::Shared, coarse);  // where they begin
 constexpr float kLog2E = 1.4426950408889634f;
 
 // How a warp reads rows of SIZE elements of two bytes.
@@ -58,26 +61,21 @@ class Copies {
 
   public:
     __device__ Copies(const Arguments& a, int kv_head, const int32_t* slots, int begin, int end, uint32_t ring)
-        : a_(a), slots_(slots), kv_head_(kv_head), at_(begin), begin_(begin), end_(end), ring_(ring) {
+        : a_(a), slots_(slots), kv_head_(kv_head), at_(begin), end_(end), ring_(ring) {
         // A lane beyond the row's end copies the last piece, and gives it no weight.
         const int piece = min(static_cast<int>(threadIdx.x) % R::kLanes, R::kPiecesEach - 1);
         keys_ = static_cast<const uint4*>(a.p.key_cache) + piece;
         values_ = static_cast<const uint4*>(a.p.value_cache) + piece;
-        next_ = load_slot(begin);
     }
 
     // Start to copy the next step to its place in the ring: keys, then values.
     __device__ __forceinline__ void copy(int stage) {
         if (at_ < end_) {
-            const int turn = (at_ - begin_) & 31;
-            if (turn == 0) {
-                slot_ = next_;
-                next_ = load_slot(at_ + 32);
-            }
             const uint32_t to = ring_ + stage * kStageBytes;
 #pragma unroll
             for (int i = 0; i < kPieces; i++) {
-                const int slot = __shfl_sync(~0u, slot_, turn + i * R::kAtOnce + (threadIdx.x & 31) / R::kLanes);
+                // Behind the last slot it is taken again, so that no copy depends on a condition.
+                const int slot = slots_[min(at_ + i * R::kAtOnce + lane_row(), end_ - 1)];
                 const int64_t row = cache_index(a_, slot, kv_head_) * R::kPiecesEach;
                 copy_16_bytes(to + i * (kThreads * 16), keys_ + row, cache_policy_);
                 copy_16_bytes(to + (kPieces + i) * (kThreads * 16), values_ + row, cache_policy_);
@@ -88,17 +86,13 @@ class Copies {
     }
 
   private:
-    // Slots come from other blocks of the cluster, past this multiprocessor's cache.  Behind the last one it is taken
-    // again, so that no copy depends on a condition.
-    __device__ __forceinline__ int load_slot(int at) const {
-        return begin_ < end_ ? __ldcg(slots_ + min(at + static_cast<int>(threadIdx.x & 31), end_ - 1)) : 0;
-    }
+    static __device__ __forceinline__ int lane_row() { return (threadIdx.x & 31) / R::kLanes; }
 
     const Arguments& a_;
     uint64_t cache_policy_ = read_once_policy();
     const uint4 *keys_, *values_;
     const int32_t* slots_;
-    int kv_head_, at_, begin_, end_, slot_ = 0, next_;
+    int kv_head_, at_, end_;
     uint32_t ring_;
 };
 
@@ -184,55 +178,57 @@ struct Partial {
     }
 };
 
-constexpr size_t kMostResultBytes = sizeof(Partial<256, kMaxCluster>);  // of blocks
-
 template <typename T, int SIZE>
 __global__ __launch_bounds__(kThreads, 2) void select_attend_kernel(const __grid_constant__ Arguments a) {
     using R = Rows<SIZE>;
     extern __shared__ __align__(16) char dynamic[];
-    select::Selected head;
-    if (!select::select_head(a, *reinterpret_cast<select::Shared*>(dynamic), head)) return;
-    // The list is whole, and nobody reads histograms any more.
-    __syncthreads();
-    arrive_at_cluster();
-    wait_for_cluster();
-
+    select::Shared& shared = *reinterpret_cast<select::Shared*>(dynamic);
     const int blocks = gridDim.x, block = blockIdx.x;
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, d = threadIdx.x;
-    const int parts = blocks * kWarps, share = ((head.listed + parts - 1) / parts + R::kStep - 1) / R::kStep * R::kStep;
-    const int begin = min(head.listed, (block * kWarps + warp) * share), end = min(head.listed, begin + share);
-    const int64_t query = static_cast<int64_t>(blockIdx.y) * a.p.tokens + head.item.token;  // its row, and the output's
-    const Attended own =
-        attend<T, SIZE>(a, query, blockIdx.y / a.group, a.slot + head.index * a.list_stride, begin, end, dynamic);
+    constexpr uint32_t kPartialBytes = sizeof(Partial<SIZE, 1>);
+    select::select_head<R::kStep>(
+        a, shared, blocks * kPartialBytes, [&](const Item& item, int64_t index, const auto& list) {
+            __syncthreads();  // nobody looks any more at what the rings come to lie over
+            list.channel.wait(0);
+            for (int i = d; i < list.own; i += kThreads) {  // for whoever asks what was selected
+                a.slot[index * a.list_stride + block * list.part + i] = list.slots[i];
+            }
+            const int share = list.part / kWarps, begin = min(list.own, warp * share),
+                      end = min(list.own, begin + share);
+            const int64_t query =
+                static_cast<int64_t>(blockIdx.y) * a.p.tokens + item.token;  // its row, and the output's
+            const Attended own =
+                attend<T, SIZE>(a, query, blockIdx.y / a.group, list.slots, begin, end, dynamic + kRings);
 
-    // The warps' results lie where the rings were, the blocks' in the first block and behind its rings, which may still
-    // turn.
-    Partial<SIZE, kWarps>& of_warps = *reinterpret_cast<Partial<SIZE, kWarps>*>(dynamic);
-    Partial<SIZE, kMaxCluster>& of_blocks = *reinterpret_cast<Partial<SIZE, kMaxCluster>*>(dynamic + kRingBytes);
-    static_assert(sizeof(of_warps) <= kRingBytes && sizeof(of_blocks) <= kMostResultBytes && SIZE <= kThreads, "room");
-    __syncthreads();
-    if (lane < R::kPiecesEach) {
+            // The warps' results lie where the rings were, the blocks' in the first block.
+            auto& of_warps = *reinterpret_cast<Partial<SIZE, kWarps>*>(dynamic + kRings);
+            auto& of_blocks = reinterpret_cast<Partial<SIZE, kMaxCluster>*>(shared.collected + a.select_capacity +
+                                                                            a.select_attached)[-1];
+            static_assert(sizeof(of_warps) <= kRingBytes && SIZE <= kThreads, "room");
+            __syncthreads();
+            if (lane < R::kPiecesEach) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) of_warps.output[warp][lane * 8 + i] = own.output[i];
-    }
-    if (lane == 0) of_warps.maximum[warp] = own.maximum, of_warps.sum[warp] = own.sum;
-    __syncthreads();
-    if (d < SIZE) {
-        const float3 mine = of_warps.combine(kWarps, d);
-        const auto tell = [&](float* to, float x) {
-            store_to_block(reinterpret_cast<uint32_t*>(to), 0, __float_as_uint(x));
-        };
-        tell(&of_blocks.output[block][d], mine.z);
-        if (d == 0) tell(&of_blocks.maximum[block], mine.x), tell(&of_blocks.sum[block], mine.y);
-    }
-    __syncthreads();
-    arrive_at_cluster();
-    if (block != 0) return;
-    wait_for_cluster();
-    if (d < SIZE) {
-        const float3 all = of_blocks.combine(blocks, d);
-        static_cast<T*>(a.p.output)[query * SIZE + d] = from_float<T>(all.y > 0.f ? all.z / all.y : 0.f);
-    }
+                for (int i = 0; i < 8; i++) of_warps.output[warp][lane * 8 + i] = own.output[i];
+            }
+            if (lane == 0) of_warps.maximum[warp] = own.maximum, of_warps.sum[warp] = own.sum;
+            __syncthreads();
+            const Channel results(shared.arrived[select::kResults], blocks);
+            if (d < SIZE) {
+                const float3 mine = of_warps.combine(kWarps, d);
+                const auto send = [&](float& to, float x) {
+                    results.send(reinterpret_cast<uint32_t*>(&to), 0, __float_as_uint(x));
+                };
+                send(of_blocks.output[block][d], mine.z);
+                if (d == 0) send(of_blocks.maximum[block], mine.x), send(of_blocks.sum[block], mine.y);
+            }
+            if (block != 0) return;
+            if (blocks == 1) __syncthreads();
+            if (d < SIZE) {
+                results.wait(0);
+                const float3 all = of_blocks.combine(blocks, d);
+                static_cast<T*>(a.p.output)[query * SIZE + d] = from_float<T>(all.y > 0.f ? all.z / all.y : 0.f);
+            }
+        });
 }
 
 template <typename T>
@@ -253,12 +249,22 @@ auto kernel_for(int head_size) -> void (*)(Arguments) {
 
 // Long lists take time for which it pays to divide them anew, evenly over the whole GPU; so do those of few blocks that
 // may lie in pairs.
-bool plan_select_attend(const Arguments& a, const Device& device) {
+bool plan_select_attend(Arguments& a, const Device& device) {
     constexpr int kLongList = 2560, kLongForFew = 512;  // slots of a block
     const int64_t blocks = static_cast<int64_t>(a.items) * a.select_heads * a.select_blocks;
     const int most = a.select_spread || 4 * blocks >= 3 * device.multiprocessors ? kLongList : kLongForFew;
-    return device.architecture >= 90 && a.combined && select::shared_bytes(a) >= kRingBytes + kMostResultBytes &&
-           a.list_stride <= most * a.select_blocks;
+    if (device.architecture < 90 || !a.combined || a.list_stride > most * a.select_blocks) return false;
+    // List and results lie behind what is collected, over which the rings come to lie.
+    constexpr int kMostStep = 8;
+    const int parts = a.select_blocks * kWarps;
+    const int listed = ((a.list_stride + parts - 1) / parts + kMostStep - 1) / kMostStep * kMostStep * kWarps;
+    const int attached = listed + kMaxCluster * (a.p.head_size + 2);
+    const int capacity = (a.select_capacity - attached) / kWarps * kWarps;
+    if (capacity < select::kLeastCapacity || capacity < select::expected_keys(a)) return false;
+    if (offsetof(select::Shared, collected) + capacity * sizeof(uint32_t) < kRings + kRingBytes) return false;
+    a.select_capacity = capacity;
+    a.select_attached = attached;
+    return true;
 }
 
 cudaError_t launch_select_attend(const Arguments& a, cudaStream_t stream) {

@@ -45,13 +45,20 @@ struct Found {
     uint32_t enclosed;      // 0: all keys that were counted are fewer than the budget
 };
 
+// What the blocks of a cluster send each other: sums of kFine bins each, a sum's bins, slots of the list, and what they
+// have attended to.
+enum Purpose : int { kSums, kBinsOfSum, kSlots, kResults, kPurposes };
+
 struct Shared {
-    uint32_t coarse[kMaxCluster][kCoarse];
+    uint64_t arrived[kPurposes];  // of each; nothing may ever lie over them
+    alignas(16) uint32_t coarse[kMaxCluster][kCoarse];
+    uint32_t fine[kMaxCluster][kFine];
     uint32_t warp_count[2][kWarps];
     uint32_t incomplete;
     Found found;
     alignas(16) uint32_t pool[kBins];  // a histogram, or with a bound the warps' stages and then a shorter one
-    uint32_t collected[1];             // of each warp: bin << kOffsetBits | place in the block's part of the row
+    uint32_t collected[1];  // of each warp: bin << kOffsetBits | place in the block's part of the row; and behind it,
+                            // where the cluster attends, its slots of the list and its results
 };
 constexpr int kZeroed = kRingWords + kSampleBins;  // words of pool and collected that a block begins with
 static_assert(kZeroed >= kBins, "histograms begin with zeros");
@@ -125,23 +132,46 @@ __device__ Found find_bin(int blocks, int block, uint32_t wanted, Counters count
                  __shfl_sync(~0u, mine.above_before, owner), __shfl_sync(~0u, mine.ties_before, owner), reached != 0};
 }
 
-// Both searches, of the first warp; the blocks' coarse counters lie in shared.coarse.
-__device__ inline void find_threshold(Shared& shared, const uint32_t* count, int blocks, int block, uint32_t wanted) {
-    Found coarse = find_bin(blocks, block, wanted, [&](int other, int vector) {
-        return reinterpret_cast<const uint4*>(shared.coarse[other])[vector];
-    });
-    if (coarse.enclosed) {
-        const uint4* fine = reinterpret_cast<const uint4*>(count + coarse.bin * kFine);
-        const Found found = find_bin(blocks, block, wanted - coarse.above, [&](int other, int vector) {
-            return blocks == 1 ? fine[vector] : load_of_block(fine + vector, other);
-        });
-        coarse = Found{coarse.bin * kFine + found.bin, coarse.above + found.above,
-                       coarse.above_before + found.above_before, found.ties_before, 1};
-    }
-    if (threadIdx.x == 0) shared.found = coarse;
+// What a search in sums and one in the bins of the sum that it found come to.
+__device__ __forceinline__ Found together(const Found& sum, const Found& bin) {
+    if (!sum.enclosed) return sum;
+    return Found{sum.bin * kFine + bin.bin, sum.above + bin.above, sum.above_before + bin.above_before, bin.ties_before,
+                 1};
 }
 
-// Sums of 128 bins each, of a histogram of `bins`, told to all blocks.
+// Both in this block's histogram, its sums being in shared.coarse[0], by one warp.
+__device__ inline Found find_own(const Shared& shared, const uint32_t* count, uint32_t wanted) {
+    const auto search = [](const uint32_t* counters, uint32_t wanted) {
+        return find_bin(1, 0, wanted,
+                        [&](int, int vector) { return reinterpret_cast<const uint4*>(counters)[vector]; });
+    };
+    const Found sum = search(shared.coarse[0], wanted);
+    return sum.enclosed ? together(sum, search(count + sum.bin * kFine, wanted - sum.above)) : sum;
+}
+
+// Both in all blocks' histograms, by each block's first warp.  `turn` counts the searches before.
+__device__ inline Found find_threshold(Shared& shared, const uint32_t* count, int blocks, int block, uint32_t wanted,
+                                       uint32_t turn) {
+    if (blocks == 1) return find_own(shared, count, wanted);
+    Channel(shared.arrived[kSums], blocks).wait(turn);
+    const Found sum = find_bin(blocks, block, wanted, [&](int other, int vector) {
+        return reinterpret_cast<const uint4*>(shared.coarse[other])[vector];
+    });
+    // Every block has found the same sum, and sends its bins; or any, if none was reached: who has received all blocks'
+    // bins knows that none needs their sums any more.
+    const Channel bins(shared.arrived[kBinsOfSum], blocks);
+    const uint32_t* own = count + (sum.enclosed ? sum.bin * kFine : 0);
+    for (int other = 0; other < blocks; other++) {
+        bins.send(reinterpret_cast<uint4*>(shared.fine[block]) + threadIdx.x, other,
+                  reinterpret_cast<const uint4*>(own)[threadIdx.x]);
+    }
+    bins.wait(turn);
+    return together(sum, find_bin(blocks, block, wanted - sum.above, [&](int other, int vector) {
+                        return reinterpret_cast<const uint4*>(shared.fine[other])[vector];
+                    }));
+}
+
+// Sums of 128 bins each, of a histogram of `bins`, to all blocks.
 __device__ inline void sum_bins(Shared& shared, const uint32_t* count, int bins, int blocks, int block) {
     static_assert(kThreads == 4 * kCoarse && kFine == 4 * 32, "four threads a sum, 32 bins a thread");
     const uint4* from = reinterpret_cast<const uint4*>(count) + threadIdx.x * 8;
@@ -155,13 +185,9 @@ __device__ inline void sum_bins(Shared& shared, const uint32_t* count, int bins,
     }
     sum += __shfl_xor_sync(~0u, sum, 1);
     sum += __shfl_xor_sync(~0u, sum, 2);
+    const Channel channel(shared.arrived[kSums], blocks);
     for (int other = threadIdx.x & 3; other < blocks; other += 4) {
-        uint32_t* to = &shared.coarse[block][threadIdx.x >> 2];
-        if (blocks == 1) {
-            *to = sum;
-        } else {
-            store_to_block(to, other, sum);
-        }
+        channel.send(&shared.coarse[block][threadIdx.x >> 2], other, sum);
     }
 }
 
