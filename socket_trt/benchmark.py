@@ -7,6 +7,7 @@ of that length.  Every step of a case is the same one: it writes the same token 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import statistics
 import time
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from socket_trt.runtime.tensorrt_session import TensorRTSession
 if TYPE_CHECKING:
     from socket_trt.engine.tensorrt import TensorRT
 
+_LOG = logging.getLogger("socket_trt.benchmark")
 _WARM_UP = 5
 
 
@@ -136,6 +138,8 @@ def run_benchmark(engine: EngineDirectory, options: BenchOptions, progress: Prog
             for case in options.cases:
                 with progress.task(f"Decoding, {kind}: {case}"):
                     decode.append(_time_decode(session, kind, case, options))
+                # The report comes last: should a later case fail, this one's figures are not lost.
+                _LOG.info("%s, %s: %.3f ms a step, %.3f on the GPU", kind, case, decode[-1].step_ms, decode[-1].gpu_ms)
             if options.layers:
                 layers[kind] = session.profile(decode_batch(session, options.cases[0], options.seed))
             if options.prefill:

@@ -64,8 +64,9 @@ def read(address: int, size: int) -> np.ndarray:
     return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
 
 
-def test_report_of_both_attentions(machine: FakeMachine) -> None:
+def test_report_of_both_attentions(machine: FakeMachine, caplog: pytest.LogCaptureFixture) -> None:
     trt = machine.install()
+    caplog.set_level("INFO", "socket_trt.benchmark")
     engine = machine.compiled()
     report = run_benchmark(
         engine, BenchOptions([Case(1, 200), Case(3, 100)], steps=2, prefill=96, random_weights=True), Silent()
@@ -74,6 +75,9 @@ def test_report_of_both_attentions(machine: FakeMachine) -> None:
         ("dense", 1, 200), ("dense", 3, 100), ("socket", 1, 200), ("socket", 3, 100),
     ]  # fmt: skip
     assert all(result.step_ms > 0 and result.gpu_ms == 1.0 for result in report.decode)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+        f"{kind}, {case}" for kind in ("dense", "socket") for case in (Case(1, 200), Case(3, 100))
+    ]
     assert [entry["attention"] for entry in report.prefill] == ["dense", "socket"]
     assert set(report.build_seconds) == {"dense", "socket"}
     assert len(trt.built) == 2
