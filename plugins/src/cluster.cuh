@@ -2,7 +2,7 @@
 // Before that a block is alone, and what is here does what one block needs.
 //
 // Words are sent by asynchronous stores that count what has arrived (st.async).  Plain stores and barriers of the
-// cluster do the same, but then every thread has to wait for a fence of the whole GPU, some 0.7 us.
+// cluster do the same, but then every thread has to wait for a fence of the whole GPU, about half a microsecond.
 #ifndef SOCKET_TRT_CLUSTER_CUH_
 #define SOCKET_TRT_CLUSTER_CUH_
 
