@@ -59,8 +59,8 @@ ScorePlan plan_score_wide(const Arguments& a);
 void plan_select(Arguments& a, const Device& device);
 // Fills device.clusters.
 void count_clusters(Device& device);
-// Whether they attend, too.
-bool plan_select_attend(Arguments& a, const Device& device);
+// Sets whether they attend, too, and gives the list and the results some of that room.
+void plan_select_attend(Arguments& a, const Device& device);
 
 cudaError_t launch_append(const Arguments& a, cudaStream_t stream);
 cudaError_t launch_score(const Arguments& a, const ScorePlan& plan, cudaStream_t stream);

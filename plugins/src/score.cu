@@ -56,7 +56,7 @@ struct Share {
 };
 
 // Every sparse item has one of the `slots` blocks (for each set of heads), and of the others what its length deserves.
-// All lanes of a warp must call it; item < 0: nothing to do.
+// A step's only item has them all, sparse or not.  All lanes of a warp must call it; item < 0: nothing to do.
 __device__ Share find_share(const Arguments& a, int slots, int slot) {
     if (a.items == 1) return Share{0, slot, slots};
     const int lane = threadIdx.x & 31;

@@ -31,7 +31,6 @@ void plan_select(Arguments& a, const Device& device) {
         return (bytes - static_cast<int>(sizeof(select::Shared))) / 4 / select::kWarps * select::kWarps;
     };
     const int64_t heads = static_cast<int64_t>(a.items) * a.select_heads;
-    a.select_blocks = 1;
     const double collected = select::expected_keys(a);
     const auto long_enough = [&](int blocks) { return blocks == 1 || a.max_length / blocks >= select::kLeastTokens; };
 
@@ -45,6 +44,7 @@ void plan_select(Arguments& a, const Device& device) {
         return;
     }
     // Two blocks a multiprocessor where that leaves each enough.
+    a.select_blocks = 1;
     a.select_capacity = room(2) >= select::kLeastCapacity ? room(2) : room(1);
     if (device.architecture < 90) return;
     while (a.select_blocks < kMaxCluster && long_enough(a.select_blocks * 2) &&

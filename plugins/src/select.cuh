@@ -180,6 +180,12 @@ struct Choice {
     __device__ __forceinline__ uint32_t fixed_place(uint32_t i) const { return i < before ? i : i + budget; }
 };
 
+// Slots of a list that each block of a cluster attends to, such that each warp's share is a multiple of `step`.
+__host__ __device__ inline int slots_of_block(int listed, int blocks, int step) {
+    const int parts = blocks * kWarps;
+    return ((listed + parts - 1) / parts + step - 1) / step * (step * kWarps);
+}
+
 // The list of a head's cache slots, by position.  STEP > 0: it lies in the shared memory of the cluster's blocks, equal
 // parts of `part` slots each, such that each warp's share is a multiple of STEP, and `own` of them in this block; 0: in
 // the workspace.
@@ -197,8 +203,7 @@ struct List {
           row(row),
           listed(min(choice.fixed + choice.budget, static_cast<uint32_t>(a.list_stride))) {
         if constexpr (STEP > 0) {
-            const int parts = gridDim.x * kWarps;
-            part = ((listed + parts - 1) / parts + STEP - 1) / STEP * (STEP * kWarps);
+            part = slots_of_block(listed, gridDim.x, STEP);
             own = clamp(listed - static_cast<int>(blockIdx.x) * part, 0, part);
             slots = reinterpret_cast<int32_t*>(shared.collected + a.select_capacity);
         } else {
@@ -467,11 +472,11 @@ __device__ __forceinline__ void select_head(const Arguments& a, Shared& shared, 
     use(item, index, list);
 }
 
-// Keys that a block has to collect, with some room for warps that get more than their share, and for what the sample
-// lets through.
+// Keys that the blocks of a head have to collect: what the sample lets through, with some room for warps that get more
+// than their share.
 inline double expected_keys(const Arguments& a) {
     const double budget = static_cast<double>(a.list_stride) / a.max_length;
-    return 1.25 * (budget + 4 * std::sqrt(budget / kMostSamples)) * a.max_length / a.select_blocks;
+    return 1.25 * (budget + 4 * std::sqrt(budget / kMostSamples)) * a.max_length;
 }
 
 // Bytes of shared memory that a block needs.

@@ -249,22 +249,21 @@ auto kernel_for(int head_size) -> void (*)(Arguments) {
 
 // Long lists take time for which it pays to divide them anew, evenly over the whole GPU; so do those of few blocks that
 // may lie in pairs.
-bool plan_select_attend(Arguments& a, const Device& device) {
+void plan_select_attend(Arguments& a, const Device& device) {
     constexpr int kLongList = 2560, kLongForFew = 512;  // slots of a block
     const int64_t blocks = static_cast<int64_t>(a.items) * a.select_heads * a.select_blocks;
     const int most = a.select_spread || 4 * blocks >= 3 * device.multiprocessors ? kLongList : kLongForFew;
-    if (device.architecture < 90 || !a.combined || a.list_stride > most * a.select_blocks) return false;
+    if (device.architecture < 90 || !a.combined || a.list_stride > most * a.select_blocks) return;
     // List and results lie behind what is collected, over which the rings come to lie.
     constexpr int kMostStep = 8;
-    const int parts = a.select_blocks * kWarps;
-    const int listed = ((a.list_stride + parts - 1) / parts + kMostStep - 1) / kMostStep * kMostStep * kWarps;
+    const int listed = select::slots_of_block(a.list_stride, a.select_blocks, kMostStep);
     const int attached = listed + kMaxCluster * (a.p.head_size + 2);
     const int capacity = (a.select_capacity - attached) / kWarps * kWarps;
-    if (capacity < select::kLeastCapacity || capacity < select::expected_keys(a)) return false;
-    if (offsetof(select::Shared, collected) + capacity * sizeof(uint32_t) < kRings + kRingBytes) return false;
+    if (capacity < select::kLeastCapacity || capacity < select::expected_keys(a) / a.select_blocks) return;
+    if (offsetof(select::Shared, collected) + capacity * sizeof(uint32_t) < kRings + kRingBytes) return;
     a.select_capacity = capacity;
     a.select_attached = attached;
-    return true;
+    a.select_attends = 1;
 }
 
 cudaError_t launch_select_attend(const Arguments& a, cudaStream_t stream) {

@@ -249,7 +249,7 @@ int32_t make_plan(const SocketTrtAttentionParams& p, const Device& device, Plan&
     if (a.sparse && a.items > 0) {
         plan.score = plan_score(a, device);
         plan_select(a, device);
-        a.select_attends = plan_select_attend(a, device);
+        plan_select_attend(a, device);
     }
     const int64_t selecting = a.sparse ? static_cast<int64_t>(a.items) * a.select_heads : 0;
     const int64_t heads = static_cast<int64_t>(a.items) * p.query_heads;
