@@ -96,22 +96,24 @@ class Copies {
     uint32_t ring_;
 };
 
-// One warp's attention to the slots [begin, end) of the list of the query in row `query_row`.
-template <typename T, int SIZE>
+// One warp's attention to the slots [begin, end) of the list of the query in row `query_row`.  meanwhile(): what to do
+// while the first rows come.  CAPPED: with softcap, which few models have; the others' loop is shorter without it.
+template <typename T, int SIZE, bool CAPPED, typename Meanwhile>
 __device__ Attended attend(const Arguments& a, int64_t query_row, int kv_head, const int32_t* slots, int begin, int end,
-                           char* shared) {
+                           char* shared, Meanwhile meanwhile) {
     using R = Rows<SIZE>;
     const int lane = threadIdx.x & 31, piece = lane % R::kLanes, group = lane / R::kLanes;
     const uint32_t ring = shared_address(shared) + threadIdx.x * 16;
     Copies<SIZE> copies(a, kv_head, slots, begin, end, ring);
 #pragma unroll
     for (int stage = 0; stage < kStages; stage++) copies.copy(stage);
+    meanwhile();
 
     float query[8] = {};
     if (piece < R::kPiecesEach) {
         unpack_piece<T>(__ldg(static_cast<const uint4*>(a.p.query) + query_row * R::kPiecesEach + piece), query);
     }
-    const float scale = a.p.softcap > 0.f ? a.p.scale : a.p.scale * kLog2E;
+    const float scale = CAPPED ? a.p.scale : a.p.scale * kLog2E;
 #pragma unroll
     for (float& x : query) x *= scale;
 
@@ -129,7 +131,7 @@ __device__ Attended attend(const Arguments& a, int64_t query_row, int kv_head, c
             for (int d = 0; d < 8; d++) sum = fmaf(query[d], x[d], sum);
 #pragma unroll
             for (int step = 1; step < R::kLanes; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
-            if (a.p.softcap > 0.f) sum = a.p.softcap * tanhf(sum / a.p.softcap) * kLog2E;
+            if (CAPPED) sum = a.p.softcap * tanhf(sum / a.p.softcap) * kLog2E;
             score[i] = at + i * R::kAtOnce + group < end ? sum : -INFINITY;
             maximum = fmaxf(maximum, score[i]);
         }
@@ -168,7 +170,9 @@ struct Partial {
     // The weighted sum of the first `count` ones' element d.
     __device__ __forceinline__ float3 combine(int count, int d) const {
         float most = -INFINITY, total = 0.f, result = 0.f;
+#pragma unroll
         for (int i = 0; i < count; i++) most = fmaxf(most, maximum[i]);
+#pragma unroll
         for (int i = 0; i < count; i++) {
             const float factor = maximum[i] == -INFINITY ? 0.f : exp2f(maximum[i] - most);
             total = fmaf(factor, sum[i], total);
@@ -178,7 +182,7 @@ struct Partial {
     }
 };
 
-template <typename T, int SIZE>
+template <typename T, int SIZE, bool CAPPED>
 __global__ __launch_bounds__(kThreads, 2) void select_attend_kernel(const __grid_constant__ Arguments a) {
     using R = Rows<SIZE>;
     extern __shared__ __align__(16) char dynamic[];
@@ -190,15 +194,16 @@ __global__ __launch_bounds__(kThreads, 2) void select_attend_kernel(const __grid
         a, shared, blocks * kPartialBytes, [&](const Item& item, int64_t index, const auto& list) {
             __syncthreads();  // nobody looks any more at what the rings come to lie over
             list.channel.wait(0);
-            for (int i = d; i < list.own; i += kThreads) {  // for whoever asks what was selected
-                a.slot[index * a.list_stride + block * list.part + i] = list.slots[i];
-            }
             const int share = list.part / kWarps, begin = min(list.own, warp * share),
                       end = min(list.own, begin + share);
             const int64_t query =
                 static_cast<int64_t>(blockIdx.y) * a.p.tokens + item.token;  // its row, and the output's
             const Attended own =
-                attend<T, SIZE>(a, query, blockIdx.y / a.group, list.slots, begin, end, dynamic + kRings);
+                attend<T, SIZE, CAPPED>(a, query, blockIdx.y / a.group, list.slots, begin, end, dynamic + kRings, [&] {
+                    for (int i = d; i < list.own; i += kThreads) {  // for whoever asks what was selected
+                        a.slot[index * a.list_stride + block * list.part + i] = list.slots[i];
+                    }
+                });
 
             // The warps' results lie where the rings were, the blocks' in the first block.
             auto& of_warps = *reinterpret_cast<Partial<SIZE, kWarps>*>(dynamic + kRings);
@@ -207,8 +212,9 @@ __global__ __launch_bounds__(kThreads, 2) void select_attend_kernel(const __grid
             static_assert(sizeof(of_warps) <= kRingBytes && SIZE <= kThreads, "room");
             __syncthreads();
             if (lane < R::kPiecesEach) {
-#pragma unroll
-                for (int i = 0; i < 8; i++) of_warps.output[warp][lane * 8 + i] = own.output[i];
+                float4* to = reinterpret_cast<float4*>(of_warps.output[warp] + lane * 8);
+                to[0] = make_float4(own.output[0], own.output[1], own.output[2], own.output[3]);
+                to[1] = make_float4(own.output[4], own.output[5], own.output[6], own.output[7]);
             }
             if (lane == 0) of_warps.maximum[warp] = own.maximum, of_warps.sum[warp] = own.sum;
             __syncthreads();
@@ -231,18 +237,23 @@ __global__ __launch_bounds__(kThreads, 2) void select_attend_kernel(const __grid
         });
 }
 
-template <typename T>
+template <typename T, bool CAPPED>
 auto kernel_for(int head_size) -> void (*)(Arguments) {
     switch (head_size) {
         case 64:
-            return select_attend_kernel<T, 64>;
+            return select_attend_kernel<T, 64, CAPPED>;
         case 96:
-            return select_attend_kernel<T, 96>;
+            return select_attend_kernel<T, 96, CAPPED>;
         case 128:
-            return select_attend_kernel<T, 128>;
+            return select_attend_kernel<T, 128, CAPPED>;
         default:
-            return select_attend_kernel<T, 256>;
+            return select_attend_kernel<T, 256, CAPPED>;
     }
+}
+
+template <typename T>
+auto kernel_for(const SocketTrtAttentionParams& p) {
+    return p.softcap > 0.f ? kernel_for<T, true>(p.head_size) : kernel_for<T, false>(p.head_size);
 }
 
 }  // namespace
@@ -267,8 +278,7 @@ void plan_select_attend(Arguments& a, const Device& device) {
 }
 
 cudaError_t launch_select_attend(const Arguments& a, cudaStream_t stream) {
-    const auto kernel =
-        a.p.dtype == SOCKET_TRT_FLOAT16 ? kernel_for<__half>(a.p.head_size) : kernel_for<__nv_bfloat16>(a.p.head_size);
+    const auto kernel = a.p.dtype == SOCKET_TRT_FLOAT16 ? kernel_for<__half>(a.p) : kernel_for<__nv_bfloat16>(a.p);
     return select::launch(kernel, a, stream);
 }
 

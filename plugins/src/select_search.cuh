@@ -160,10 +160,9 @@ __device__ inline Found find_threshold(Shared& shared, const uint32_t* count, in
     // Every block has found the same sum, and sends its bins; or any, if none was reached: who has received all blocks'
     // bins knows that none needs their sums any more.
     const Channel bins(shared.arrived[kBinsOfSum], blocks);
-    const uint32_t* own = count + (sum.enclosed ? sum.bin * kFine : 0);
+    const uint4 own = reinterpret_cast<const uint4*>(count + (sum.enclosed ? sum.bin * kFine : 0))[threadIdx.x];
     for (int other = 0; other < blocks; other++) {
-        bins.send(reinterpret_cast<uint4*>(shared.fine[block]) + threadIdx.x, other,
-                  reinterpret_cast<const uint4*>(own)[threadIdx.x]);
+        bins.send(reinterpret_cast<uint4*>(shared.fine[block]) + threadIdx.x, other, own);
     }
     bins.wait(turn);
     return together(sum, find_bin(blocks, block, wanted - sum.above, [&](int other, int vector) {
