@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.attention import HEAD_SIZE, KV_HEADS, QUERY_HEADS, SHAPES, K, Shape, time_graph
 from benchmarks.files import gpu_slug
 
-BLOCK = 4096  # words that a program reads at once
+BLOCK = 4096  # words that a program reads at once; there are fewer than 2^31 of any kind
 SETS = 4  # of inputs, one after another: together several times the L2 cache
 
 
@@ -38,11 +38,10 @@ def stream(source, target, groups, READS: tl.constexpr, BLOCK: tl.constexpr):
     """Read READS blocks of words for each block written, `groups` times over all programs."""
     lanes = tl.arange(0, BLOCK)
     for group in range(tl.program_id(0), groups, tl.num_programs(0)):
-        base = group.to(tl.int64) * READS * BLOCK
         both = tl.zeros([BLOCK], tl.int32)
         for i in tl.static_range(READS):
-            both ^= tl.load(source + base + i * BLOCK + lanes)
-        tl.store(target + group.to(tl.int64) * BLOCK + lanes, both)
+            both ^= tl.load(source + (group * READS + i) * BLOCK + lanes)
+        tl.store(target + group * BLOCK + lanes, both)
 
 
 @triton.jit
@@ -51,7 +50,7 @@ def read(source, target, blocks, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
     both = tl.zeros([BLOCK], tl.int32)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        both ^= tl.load(source + block.to(tl.int64) * BLOCK + lanes)
+        both ^= tl.load(source + block * BLOCK + lanes)
     tl.store(target + tl.program_id(0), tl.xor_sum(both, 0))
 
 

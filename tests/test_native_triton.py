@@ -1,32 +1,14 @@
-"""The Triton kernels in Triton's interpreter, on the CPU, against the reference's attention.
-
-The interpreter must be chosen before Triton is imported, so that the kernels run in a process of their own.
-"""
+"""The Triton kernels in Triton's interpreter, on the CPU, against the reference's attention."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
+from tests.triton_interpreter import run_script
 
 SCRIPT = """
+from tests.triton_interpreter import convert_bounds
+
+convert_bounds()
 import torch
-from triton.runtime import interpreter
-
-# NumPy 2.4 no longer converts arrays of one element to int, which Triton 3.6's interpreter does to bounds of loops.
-patch = interpreter._patch_lang_tensor
-
-
-def patch_and_convert(tensor, scope):
-    patch(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-
-interpreter._patch_lang_tensor = patch_and_convert
 
 from plugins.triton.decode_attention import decode_attention
 from plugins.triton.prefill_attention import prefill_attention
@@ -95,15 +77,4 @@ print("agrees")
 
 
 def test_kernels_in_the_interpreter_agree_with_the_reference() -> None:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("no Triton")
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        cwd=Path(__file__).resolve().parents[1],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "agrees" in result.stdout
+    assert "agrees" in run_script(SCRIPT)
