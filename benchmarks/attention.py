@@ -91,6 +91,7 @@ SHAPES = (
     Shape(1, 128 * K, planes=10, goal=(2.0, 2.8)),
     Shape(8, 128 * K, permille=50, budget_tokens=1024, goal=(2.5, 3.0)),
 )
+SHAPES_BEHIND = (Shape(1, 32 * K), Shape(1, 128 * K), Shape(4, 128 * K))  # also timed behind other kernels
 
 
 class Inputs:
@@ -272,6 +273,39 @@ def measure_prefill(tokens: int = 2048, cached: int = 32 * K) -> dict[str, Any]:
     return result
 
 
+class OtherKernels:
+    """What runs between two layers' attention, more or less: products that read weights, and small kernels."""
+
+    def __init__(self) -> None:
+        self.hidden = torch.randn(1, 4096, dtype=torch.float16, device="cuda")
+        self.wide = torch.randn(4096, 32 * K, dtype=torch.float16, device="cuda")  # 268 MB, several times the L2 cache
+        self.square = torch.randn(4096, 4096, dtype=torch.float16, device="cuda")
+
+    def __call__(self) -> None:
+        x = torch.nn.functional.silu(torch.mm(self.hidden, self.wide))
+        x = torch.layer_norm(x, x.shape[-1:])
+        torch.mm(self.hidden, self.square)
+        torch.softmax(x, -1)
+
+
+def measure_behind(shape: Shape) -> dict[str, Any]:
+    """The operator after itself, and behind other kernels: what a graph with it takes more than one without it."""
+    sets = make_sets(shape)[:8]
+    workspace = workspace_for(sets[0])
+    others = OtherKernels()
+    alone = time_graph([others] * len(sets), repeats=25)
+    result: dict[str, Any] = {"batch": shape.batch, "length": shape.length}
+    for name, dense in (("socket", False), ("dense", True)):
+
+        def both(x: Inputs, dense: bool = dense) -> None:
+            others()
+            x.socket(workspace, dense=dense)
+
+        result[f"{name}_us"] = time_graph([lambda x=x, d=dense: x.socket(workspace, dense=d) for x in sets])
+        result[f"{name}_behind_us"] = time_graph([lambda x=x: both(x) for x in sets], repeats=25) - alone
+    return result
+
+
 def table(results: dict[str, Any]) -> str:
     lines = [
         f"# Attention on {results['gpu']}",
@@ -305,6 +339,19 @@ def table(results: dict[str, Any]) -> str:
             f"({prefill['cudnn_tflops']:.0f} TFLOP/s), flash {prefill['flash_us']:.0f} us "
             f"({prefill['flash_tflops']:.0f} TFLOP/s).",
         ]
+    if results.get("behind"):
+        lines += [
+            "",
+            "Behind a matrix product that reads 268 MB and four smaller kernels, instead of behind itself:",
+            "",
+            "| batch | length | SOCKET | behind others | own dense | behind others |",
+            "|" + "---|" * 6,
+        ]
+        for row in results["behind"]:
+            times = " | ".join(
+                f"{row[f'{name}_us']:.1f} | {row[f'{name}_behind_us']:.1f}" for name in ("socket", "dense")
+            )
+            lines.append(f"| {row['batch']} | {row['length'] // K}K | {times} |")
     return "\n".join(lines) + "\n"
 
 
@@ -349,6 +396,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="directory for the results; without it they are only printed")
     parser.add_argument("--only-goals", action="store_true", help="only the shapes that have a goal")
     parser.add_argument("--no-prefill", action="store_true")
+    parser.add_argument("--no-behind", action="store_true", help="do not time the operator behind other kernels")
     arguments = parser.parse_args()
     load_library().prepare()
     absent = [name for name in BACKENDS if not is_installed(name)]
@@ -370,6 +418,8 @@ def main() -> None:
         torch.cuda.empty_cache()
     if not arguments.no_prefill:
         results["prefill"] = measure_prefill()
+    if not arguments.no_behind:
+        results["behind"] = [measure_behind(shape) for shape in SHAPES_BEHIND]
     text = table(results)
     print(text)
     if arguments.output:
