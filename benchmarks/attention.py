@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import statistics
 import sys
@@ -27,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.dense_backends import BACKENDS, is_installed
-from benchmarks.files import gpu_slug
+from benchmarks.files import gpu_slug, write_results
 from socket_trt.config import INT32_MAX, SocketConfig, attended_budget, code_bits
 from socket_trt.native import STAGES, load_library, native_attention, params_of
 
@@ -67,14 +66,28 @@ class Shape:
         return self.batch * KV_HEADS * self.length * (TABLES * code_bits(self.planes) // 8 + 2)
 
     @property
+    def selecting_heads(self) -> int:
+        return KV_HEADS if self.selection == "kv_head" else QUERY_HEADS
+
+    @property
     def kept_bytes(self) -> int:
         """Keys and values that must be read, where no two query heads choose the same token."""
-        heads = KV_HEADS if self.selection == "kv_head" else QUERY_HEADS
-        return min(self.batch * heads * self.kept * HEAD_SIZE * 4, self.dense_bytes)
+        return min(self.batch * self.selecting_heads * self.kept * HEAD_SIZE * 4, self.dense_bytes)
 
     @property
     def dense_bytes(self) -> int:
         return self.batch * KV_HEADS * self.length * HEAD_SIZE * 4
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What a row of results says of it."""
+        return {
+            "batch": self.batch,
+            "length": self.length,
+            "planes": self.planes,
+            "kept_fraction": self.permille / 1000,
+            "selection": self.selection,
+        }
 
 
 K = 1024
@@ -232,12 +245,8 @@ def measure(shape: Shape, bandwidth: float) -> dict[str, Any]:
     dense = dense_times(sets, workspace)
     backend = min((n for n in dense if n != "own"), key=lambda n: dense[n])
     return {
-        "batch": shape.batch,
-        "length": shape.length,
-        "planes": shape.planes,
-        "kept_fraction": shape.permille / 1000,
+        **shape.fields,
         "kept_tokens": shape.kept,
-        "selection": shape.selection,
         "socket_us": total,
         "dense_us": dense[backend],
         "dense_backend": backend,
@@ -290,20 +299,26 @@ class OtherKernels:
 
 def measure_behind(shape: Shape) -> dict[str, Any]:
     """The operator after itself, and behind other kernels: what a graph with it takes more than one without it."""
-    sets = make_sets(shape)[:8]
+    sets = make_sets(shape)
     workspace = workspace_for(sets[0])
     others = OtherKernels()
     alone = time_graph([others] * len(sets), repeats=25)
     result: dict[str, Any] = {"batch": shape.batch, "length": shape.length}
     for name, dense in (("socket", False), ("dense", True)):
-
-        def both(x: Inputs, dense: bool = dense) -> None:
-            others()
-            x.socket(workspace, dense=dense)
-
-        result[f"{name}_us"] = time_graph([lambda x=x, d=dense: x.socket(workspace, dense=d) for x in sets])
-        result[f"{name}_behind_us"] = time_graph([lambda x=x: both(x) for x in sets], repeats=25) - alone
+        calls = [lambda x=x, d=dense: x.socket(workspace, dense=d) for x in sets]
+        result[f"{name}_us"] = time_graph(calls)
+        alternating = [each for call in calls for each in (others, call)]
+        result[f"{name}_behind_us"] = 2 * time_graph(alternating, repeats=25) - alone
     return result
+
+
+SHAPE_COLUMNS = "batch | length | R | kept | selection"
+
+
+def shape_cells(row: dict[str, Any]) -> str:
+    """Of a row of results, the cells under SHAPE_COLUMNS."""
+    shape = (row["batch"], f"{row['length'] // K}K", row["planes"], f"{row['kept_fraction']:.0%}", row["selection"])
+    return " | ".join(map(str, shape))
 
 
 def table(results: dict[str, Any]) -> str:
@@ -316,7 +331,7 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"Made by `{results['command']}` with PyTorch {results['torch']}, CUDA {results['cuda']}.",
         "",
-        "| batch | length | R | kept | selection | SOCKET | best dense | ratio | must / aim | byte floor | own dense "
+        f"| {SHAPE_COLUMNS} | SOCKET | best dense | ratio | must / aim | byte floor | own dense "
         "| append | score | select | attend | combine | score: share of copy bandwidth |",
         "|" + "---|" * 17,
     ]
@@ -324,8 +339,7 @@ def table(results: dict[str, Any]) -> str:
         goal = "" if row["goal"] is None else f"{row['goal'][0]} / {row['goal'][1]}"
         stages = " | ".join(f"{row['stages_us'][s]:.1f}" for s in DECODE_STAGES)
         lines.append(
-            f"| {row['batch']} | {row['length'] // K}K | {row['planes']} | {row['kept_fraction']:.0%} "
-            f"| {row['selection']} | {row['socket_us']:.1f} | {row['dense_us']:.1f} ({row['dense_backend']}) "
+            f"| {shape_cells(row)} | {row['socket_us']:.1f} | {row['dense_us']:.1f} ({row['dense_backend']}) "
             f"| **{row['ratio']:.2f}** | {goal} | {row['floor_us']:.1f} | {row['own_dense_us']:.1f} | {stages} "
             f"| {row['score_bandwidth_share']:.0%} |"
         )
@@ -423,10 +437,8 @@ def main() -> None:
     text = table(results)
     print(text)
     if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
         stem = arguments.output / f"attention-{gpu_slug(gpu)}"
-        stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        stem.with_suffix(".md").write_text(text)
+        write_results(stem, results, text)
         plot(results, stem.with_suffix(".png"))
 
 

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import transformers
 
+from benchmarks.files import write_results
 from socket_trt.cli.console import RichProgress
 from socket_trt.config import Selection, SocketConfig
 from socket_trt.errors import SocketTrtError
@@ -367,11 +368,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
 def write(report: dict[str, Any], stem: Path) -> None:
     """NAME.json and, of it, NAME.md."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    for suffix, text in ((".json", json.dumps(report, indent=1) + "\n"), (".md", markdown(report))):
-        partial = stem.with_name(f".{stem.name}.partial")
-        partial.write_text(text)
-        partial.replace(stem.with_suffix(suffix))
+    write_results(stem, report, markdown(report))
 
 
 def draw(report: dict[str, Any], stem: Path) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import json
 import math
 import os
 import platform
@@ -31,6 +30,7 @@ import numpy as np
 import tritonclient.grpc.aio as grpc
 from rich.progress import Progress
 
+from benchmarks.files import write_results
 from examples.grpc_stream import generate
 from serving.local import ROOT, LocalServer, deploy, local_server, tail
 from socket_trt import environment
@@ -304,9 +304,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def write(result: dict[str, Any], output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    output.with_suffix(".md").write_text(markdown(result))
+    write_results(output, result, markdown(result))
 
 
 def commit() -> str | None:

@@ -13,7 +13,6 @@ several layouts.  Writes traffic-<gpu>.json and .md.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -26,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.attention import HEAD_SIZE, KV_HEADS, QUERY_HEADS, SHAPES, K, Shape, time_graph
-from benchmarks.files import gpu_slug
+from benchmarks.attention import HEAD_SIZE, KV_HEADS, SHAPE_COLUMNS, SHAPES, Shape, shape_cells, time_graph
+from benchmarks.files import gpu_slug, write_results
 
 BLOCK = 4096  # words that a program reads at once; there are fewer than 2^31 of any kind
 SETS = 4  # of inputs, one after another: together several times the L2 cache
@@ -114,17 +113,13 @@ def time_gather(shape: Shape, lists: int) -> tuple[float, int]:
 
 
 def measure(shape: Shape) -> dict[str, Any]:
-    heads = KV_HEADS if shape.selection == "kv_head" else QUERY_HEADS
-    key_words = shape.batch * heads * shape.length // 2
+    lists = shape.batch * shape.selecting_heads
+    key_words = lists * shape.length // 2
     score, select = time_streams(shape, key_words)
     torch.cuda.empty_cache()
-    attend, rows = time_gather(shape, shape.batch * heads)
+    attend, rows = time_gather(shape, lists)
     return {
-        "batch": shape.batch,
-        "length": shape.length,
-        "planes": shape.planes,
-        "kept_fraction": shape.permille / 1000,
-        "selection": shape.selection,
+        **shape.fields,
         "score_us": score,
         "score_bytes": shape.scored_bytes + key_words * 4,
         "select_us": select,
@@ -144,7 +139,7 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"Made by `{results['command']}` with PyTorch {results['torch']}, Triton {results['triton']}.",
         "",
-        "| batch | length | R | kept | selection | codes and norms, writing keys | keys | kept rows | sum |",
+        f"| {SHAPE_COLUMNS} | codes and norms, writing keys | keys | kept rows | sum |",
         "|" + "---|" * 9,
     ]
     for row in results["rows"]:
@@ -152,10 +147,7 @@ def table(results: dict[str, Any]) -> str:
             f"{row[f'{s}_us']:.1f} ({row[f'{s}_bytes'] / row[f'{s}_us'] * 1e-6:.2f})"
             for s in ("score", "select", "attend")
         )
-        lines.append(
-            f"| {row['batch']} | {row['length'] // K}K | {row['planes']} | {row['kept_fraction']:.0%} "
-            f"| {row['selection']} | {stages} | **{row['sum_us']:.1f}** |"
-        )
+        lines.append(f"| {shape_cells(row)} | {stages} | **{row['sum_us']:.1f}** |")
     return "\n".join(lines) + "\n"
 
 
@@ -178,10 +170,7 @@ def main() -> None:
     text = table(results)
     print(text)
     if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        stem = arguments.output / f"traffic-{gpu_slug(results['gpu'])}"
-        stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        stem.with_suffix(".md").write_text(text)
+        write_results(arguments.output / f"traffic-{gpu_slug(results['gpu'])}", results, text)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,6 @@ from __future__ import annotations
 from tests.triton_interpreter import run_script
 
 SCRIPT = """
-from tests.triton_interpreter import convert_bounds
-
-convert_bounds()
 import torch
 
 from plugins.triton.decode_attention import decode_attention

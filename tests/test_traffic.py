@@ -6,9 +6,6 @@ from benchmarks import traffic
 from tests.triton_interpreter import run_script
 
 SCRIPT = """
-from tests.triton_interpreter import convert_bounds
-
-convert_bounds()
 import torch
 
 from benchmarks.traffic import gather, read, stream

@@ -1,7 +1,6 @@
 """Scripts that run Triton kernels on the CPU, in Triton's interpreter.
 
-The interpreter must be chosen before Triton is imported: each script is a process of its own, and begins by importing
-this module.
+The interpreter must be chosen before Triton is imported, so that each script is a process of its own.
 """
 
 from __future__ import annotations
@@ -15,13 +14,15 @@ from typing import Any
 
 import pytest
 
+_PRELUDE = "from tests.triton_interpreter import convert_bounds\n\nconvert_bounds()\n"
+
 
 def run_script(script: str) -> str:
     """What the script prints.  Skips without Triton; fails with what the script says."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("no Triton")
     result = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", _PRELUDE + script],
         cwd=Path(__file__).resolve().parents[1],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
