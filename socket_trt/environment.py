@@ -85,6 +85,7 @@ def survey() -> list[Part]:
         Part("driver", driver(), "TensorRT engines, CUDA kernels"),
         Part("TensorRT", tensorrt_version(), "build --backend tensorrt, compile"),
         Part("plugin library", str(library) if library else None, "SocketAttention in TensorRT engines"),
+        Part("nvidia-cublas-cu12", package_version("nvidia-cublas-cu12"), "faster products on TensorRT 8.6"),
         Part("cuda-bindings", package_version("cuda-bindings"), "running TensorRT engines"),
         Part("onnx", package_version("onnx"), "build, compile, validate"),
         Part("nvcc", nvcc(), "building the CUDA kernels and the plugin"),

@@ -5,6 +5,9 @@ from __future__ import annotations
 DOMAIN = "socket"
 OPERATOR = "SocketAttention"
 OPERATOR_VERSION = 1
+# A product by cuBLAS, in networks for TensorRT 8.6: activations [tokens, columns], weight [rows, columns].
+LINEAR = "Linear"
+LINEAR_VERSION = 1
 
 OPERATOR_INPUTS = (
     "query",

@@ -39,7 +39,7 @@ class LayerType(enum.Enum):
     CONSTANT = "Constant"
     CAST = "Cast"
     IDENTITY = "Identity"
-    PLUGIN_V2 = names.OPERATOR
+    PLUGIN_V2 = f"{names.OPERATOR} {names.LINEAR}"
     ELEMENTWISE = "Add Div Mul Sub"
     OTHER = ""
 
@@ -142,6 +142,22 @@ class FakeTensorRT:
         return Engine(self, plan)
 
 
+def linear_body() -> onnx.FunctionProto:
+    """What the plugin `Linear` computes, for ONNX Runtime."""
+    return onnx.helper.make_function(
+        names.DOMAIN,
+        names.LINEAR,
+        ["activations", "weight"],
+        ["output"],
+        [
+            onnx.helper.make_node("Transpose", ["weight"], ["columns"], perm=[1, 0]),
+            onnx.helper.make_node("MatMul", ["activations", "columns"], ["output"]),
+        ],
+        [onnx.helper.make_opsetid("", 17)],
+        ["plugin_version", "plugin_namespace"],
+    )
+
+
 class Parser:
     def __init__(self, trt: FakeTensorRT, network: Network) -> None:
         self._trt, self._network = trt, network
@@ -159,7 +175,7 @@ class Parser:
         model = onnx.load_model_from_string(data)
         assert not model.functions
         for node in model.graph.node:
-            if node.op_type == names.OPERATOR:  # how the parser finds the plugin
+            if node.domain == names.DOMAIN:  # how the parser finds the plugin
                 given = {a.name: a.s.decode() for a in node.attribute if a.name.startswith("plugin_")}
                 assert given == {"plugin_version": "1", "plugin_namespace": names.DOMAIN}
         known = [*model.graph.input, *model.graph.output, *model.graph.value_info]
@@ -262,7 +278,7 @@ class Engine:
         header, _, data = plan.partition(b"\n")
         self.profiles = json.loads(header)["profiles"]
         model = onnx.load_model_from_string(data)
-        model.functions.append(function_body(model.opset_import[0].version))
+        model.functions.extend([function_body(model.opset_import[0].version), linear_body()])
         self.inputs = {i.name: i.type.tensor_type for i in model.graph.input}
         self.outputs = [output.name for output in model.graph.output]
         self.num_io_tensors = len(self.inputs) + len(self.outputs)

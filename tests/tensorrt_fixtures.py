@@ -28,6 +28,7 @@ class FakePlugin:
     path: Path = Path("libsocket_trt_plugin_8.so")
     sha256: str = "0" * 64
     release: str = "0.1.0"
+    cublas: str | None = None
 
 
 class FakeMachine:

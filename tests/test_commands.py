@@ -13,7 +13,7 @@ from socket_trt.engine.commands import build_commands
 from socket_trt.engine.manifest import EngineDirectory
 from socket_trt.errors import EngineError
 from tests.engines import tiny_engine
-from tests.tensorrt_fixtures import OPTIONS, FakeMachine
+from tests.tensorrt_fixtures import OPTIONS, FakeMachine, FakePlugin
 
 
 def options_of(command: str, name: str) -> list[str]:
@@ -48,6 +48,14 @@ def test_eight_six(machine: FakeMachine) -> None:
     assert polygraphy[polygraphy.index("--precision-constraints") + 1] == "obey"
     assert polygraphy[polygraphy.index("--tactic-sources") + 1].startswith("--")
     assert sum(part.endswith(":float32") for part in polygraphy) == 34
+
+
+def test_eight_six_with_products_by_cublas(machine: FakeMachine) -> None:
+    """The network has them, so that the command lines are the same."""
+    machine.install()
+    before = build_commands(machine.compiled())
+    machine.install(plugin=FakePlugin(cublas="12.9.1"))
+    assert build_commands(machine.compiled()) == before
 
 
 @pytest.mark.parametrize(("version", "strong"), [("10.16.1", True), ("11.4.0", False)])

@@ -26,6 +26,7 @@ from socket_trt.runtime.session import StepBatch
 from socket_trt.validation.scenario import make_scenario
 from socket_trt.weights import map_tensor
 from tests.engines import SOCKET, temporary_directory, tiny_engine
+from tests.fake_tensorrt import linear_body
 from tests.families import save_checkpoint
 
 
@@ -43,7 +44,7 @@ def run(engine: EngineDirectory, graph: NetworkGraph, step: StepBatch, num_pages
     """Logits of the network on ONNX Runtime, with the function body put back."""
     model = ir.to_proto(graph.model)
     assert not model.functions
-    model.functions.append(function_body(model.opset_import[0].version))
+    model.functions.extend([function_body(model.opset_import[0].version), linear_body()])
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), session_options(), providers=["CPUExecutionProvider"]
     )
@@ -65,12 +66,20 @@ def run(engine: EngineDirectory, graph: NetworkGraph, step: StepBatch, num_pages
 
 
 @pytest.mark.parametrize(
-    ("family", "stored", "opset17"),
-    [("llama3.2", torch.bfloat16, True), ("gemma2", torch.float16, True), ("qwen2", torch.float16, False)],
+    ("family", "stored", "opset17", "cublas"),
+    [
+        ("llama3.2", torch.bfloat16, True, False),
+        ("gemma2", torch.float16, True, False),
+        ("qwen2", torch.float16, False, False),
+        ("llama3.2", torch.bfloat16, True, True),
+        ("gemma2", torch.float16, True, True),
+    ],
 )
-def test_the_network_computes_what_the_graph_computes(family: str, stored: torch.dtype, opset17: bool) -> None:
+def test_the_network_computes_what_the_graph_computes(
+    family: str, stored: torch.dtype, opset17: bool, cublas: bool
+) -> None:
     engine = family_engine(family, stored)
-    graph = load_network(engine, 8 if opset17 else 10)
+    graph = load_network(engine, 8 if opset17 else 10, cublas=cublas)
     assert graph.model.graph.opset_imports[""] == (17 if opset17 else 18)
     assert {part for name in graph.weights for part in parts_of(name)} == set(engine.manifest.weights.tensors)
     assert not any(isinstance(v.const_value, ir.ExternalTensor) for v in graph.model.graph.initializers.values())
@@ -104,6 +113,24 @@ def test_products_of_the_same_activations_are_joined() -> None:
     names_of = [parts_of(name) for name in load_network(engine, 8).weights]
     joint = {tuple(part.split(".")[-2] for part in parts) for parts in names_of if len(parts) > 1}
     assert joint == {("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")}
+
+
+@pytest.mark.parametrize("family", ["qwen2", "phi3", "mistral"])
+def test_cublas_computes_every_product_but_the_heads(family: str) -> None:
+    engine = family_engine(family, torch.float16)
+    nodes = list(load_network(engine, 8, cublas=True).model.graph)
+    linear = [node for node in nodes if node.op_type == names.LINEAR]
+    assert len(linear) == 4 * engine.manifest.model.layers  # qkv, o, gate and up, down
+    for node in linear:
+        activations, weight = node.inputs
+        assert activations.dtype == weight.dtype == node.outputs[0].dtype == ir.DataType.FLOAT16
+        assert len(activations.shape) == len(weight.shape) == 2
+        assert list(node.outputs[0].shape)[1] == weight.shape[0]
+        assert all(part in engine.manifest.weights.tensors for part in parts_of(weight.name))
+    (head,) = [node for node in nodes if node.op_type == "MatMul"]
+    assert len(head.outputs[0].shape) == 3
+    assert head.outputs[0].shape[2] == engine.manifest.model.vocabulary_size
+    assert not any(node.op_type == names.LINEAR for node in load_network(engine, 10, cublas=True).model.graph)
 
 
 def small_products(places: list[int], transposed_twice: bool = False) -> ir.Model:

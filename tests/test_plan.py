@@ -20,18 +20,19 @@ from socket_trt.engine.compile import (
     NETWORK_FILE,
     check_plannable,
     compile_engine,
+    compile_variant,
     load_network,
 )
 from socket_trt.engine.manifest import PLAN_FILE, EngineDirectory
 from socket_trt.engine.plan import default_timing_cache, make_logger
 from socket_trt.engine.profiles import MAX_ELEMENTS, check_max_step_tokens, engine_profiles, pool_pages
-from socket_trt.engine.tensorrt import choose_backend, import_tensorrt, missing_parts
+from socket_trt.engine.tensorrt import choose_backend, import_tensorrt, missing_parts, open_tensorrt
 from socket_trt.errors import ConfigError, EngineError, MissingDependencyError
 from socket_trt.progress import Silent
 from socket_trt.runtime import cuda
 from tests.engines import tiny_engine
-from tests.fake_tensorrt import DataType, LayerType
-from tests.tensorrt_fixtures import OPTIONS, FakeMachine
+from tests.fake_tensorrt import DataType, FakeTensorRT, LayerType
+from tests.tensorrt_fixtures import OPTIONS, FakeMachine, FakePlugin
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 VERSIONS = ["8.6.0", "10.16.1", "11.4.0"]
@@ -143,6 +144,46 @@ def test_products_read_weights_untransposed(machine: FakeMachine) -> None:
     products = [layer for layer in trt.built[0].network.layers if layer.type is LayerType.MATRIX_MULTIPLY]
     assert len(products) == 9
     assert all(layer.op1 == "transpose" and layer.get_input(1).name.endswith(".weight") for layer in products)
+
+
+def test_products_by_cublas(machine: FakeMachine, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where it is there; the dense variant takes what the plan took."""
+    trt = machine.install(plugin=FakePlugin(cublas="12.9.1"))
+    engine = machine.compiled()
+    assert engine.manifest.plan.cublas == "12.9.1"
+    assert products_of(trt) == (1, 8)  # the head; four products a layer
+    linear = [layer for layer in trt.built[0].network.layers if layer.node.op_type == names.LINEAR]
+    assert all(layer.precision is None and layer.get_input(1).name.endswith(".weight") for layer in linear)
+    with pytest.raises(SystemExit) as exit_:
+        main(["inspect", str(engine.path)])
+    assert exit_.value.code == 0
+    assert "products by cuBLAS 12.9.1" in " ".join(capsys.readouterr().out.split())
+    compile_engine(engine, Silent(), cublas=False)
+    engine = EngineDirectory.open(engine.path)
+    assert engine.manifest.plan.cublas is None
+    assert products_of(trt) == (9, 0)
+    compile_variant(engine, open_tensorrt(), Silent(), {"min_length": 1})
+    assert products_of(trt) == (9, 0)
+
+
+def products_of(trt: FakeTensorRT) -> tuple[int, int]:
+    """Products of the network that was built last: TensorRT's own, and cuBLAS's."""
+    kinds = [layer.node.op_type for layer in trt.built[-1].network.layers]
+    return kinds.count("MatMul"), kinds.count(names.LINEAR)
+
+
+def test_cublas_where_there_is_none(machine: FakeMachine) -> None:
+    trt = machine.install()
+    engine = machine.compiled()
+    assert engine.manifest.plan.cublas is None
+    assert products_of(trt) == (9, 0)
+    with pytest.raises(
+        MissingDependencyError, match=r"--cublas: there is no cuBLAS 12.*pip install nvidia-cublas-cu12"
+    ):
+        compile_engine(engine, Silent(), cublas=True)
+    machine.install("10.16.1")
+    with pytest.raises(ConfigError, match=r"--cublas: TensorRT 10\.16\.1 computes products itself"):
+        compile_engine(engine, Silent(), cublas=True)
 
 
 def test_the_timing_cache_is_kept_and_one_of_another_gpu_replaced(machine: FakeMachine) -> None:

@@ -167,6 +167,24 @@ def test_a_plan_for_something_else_is_refused_before_anything_is_loaded(
     assert not trt.driver.allocations
 
 
+def test_products_by_cublas(machine: FakeMachine) -> None:
+    """The same logits; and a machine without cuBLAS says what it lacks."""
+    machine.install()
+    own = TensorRTSession(machine.compiled())
+    batch = decode_batch(own, Case(2, 40), seed=0)
+    expected = own.step(batch).copy()
+    own.close()
+    machine.install(plugin=FakePlugin(cublas="12.9.1"))
+    engine = machine.compiled()
+    session = TensorRTSession(engine)
+    np.testing.assert_allclose(session.step(batch), expected, atol=1e-2)
+    session.close()
+    trt = machine.install()
+    with pytest.raises(EngineError, match=r"cuBLAS 12\.9\.1 computed its plan's products; there is no cuBLAS 12 .*pip"):
+        TensorRTSession(engine)
+    assert not trt.driver.allocations
+
+
 def test_plans_that_are_missing_changed_or_damaged(machine: FakeMachine) -> None:
     trt = machine.install()
     engine = machine.compiled()

@@ -29,9 +29,10 @@ namespace {
 std::atomic<nvinfer1::ILoggerFinder*> logger_finder{nullptr};
 
 // To the logger of the engine or context that is calling, to standard error where TensorRT has named none.
-void log(nvinfer1::ILogger::Severity severity, const char* layer, const char* text) noexcept {
+void log(nvinfer1::ILogger::Severity severity, const char* layer, const char* text,
+         const char* plugin = kPluginName) noexcept {
     try {
-        std::string message = kPluginName;
+        std::string message = plugin;
         if (layer != nullptr && *layer != '\0') message += std::string(" (") + layer + ")";
         message += std::string(": ") + text;
         nvinfer1::ILoggerFinder* finder = logger_finder.load();
@@ -47,13 +48,13 @@ void log(nvinfer1::ILogger::Severity severity, const char* layer, const char* te
 
 // Runs `call` and returns what it returns; what it throws is logged and becomes `fallback`.
 template <typename Result, typename Call>
-Result guarded(const char* layer, Result fallback, const Call& call) noexcept {
+Result guarded(const char* layer, Result fallback, const Call& call, const char* plugin = kPluginName) noexcept {
     try {
         return call();
     } catch (const std::exception& error) {
-        log(nvinfer1::ILogger::Severity::kERROR, layer, error.what());
+        log(nvinfer1::ILogger::Severity::kERROR, layer, error.what(), plugin);
     } catch (...) {
-        log(nvinfer1::ILogger::Severity::kERROR, layer, "unknown exception");
+        log(nvinfer1::ILogger::Severity::kERROR, layer, "unknown exception", plugin);
     }
     return fallback;
 }
@@ -87,9 +88,9 @@ int32_t runtime_major(const void* object) {
 
 std::atomic<bool> wrong_runtime{false};
 
-// How many creators to hand out.
-int32_t creator_count() {
-    return wrong_runtime ? 0 : 1;
+// How many of the library's creators to hand out.
+int32_t creator_count(int32_t all) {
+    return wrong_runtime ? 0 : all;
 }
 
 // ---- TensorRT's structures as the core's ----

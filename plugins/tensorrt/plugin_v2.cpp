@@ -4,6 +4,7 @@
 // has it updated in place all the same; where the addresses differ the cache is copied first
 // (AttentionPlugin::enqueue).
 #include "adapter.h"
+#include "linear_v2.h"
 
 static_assert(NV_TENSORRT_MAJOR == 8, "later versions take plugin_v3.cpp");
 
@@ -152,8 +153,9 @@ class SocketAttentionCreatorV2 : public nvinfer1::IPluginCreator {
 }  // namespace socket_trt
 
 SOCKET_TRT_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& count) {
-    static socket_trt::tensorrt::SocketAttentionCreatorV2 creator;
-    static nvinfer1::IPluginCreator* const creators[] = {&creator};
-    count = socket_trt::tensorrt::creator_count();
+    static socket_trt::tensorrt::SocketAttentionCreatorV2 attention;
+    static socket_trt::tensorrt::LinearCreatorV2 linear;
+    static nvinfer1::IPluginCreator* const creators[] = {&attention, &linear};
+    count = socket_trt::tensorrt::creator_count(2);
     return creators;
 }

@@ -202,6 +202,6 @@ class SocketAttentionCreatorV3 : public nvinfer1::IPluginCreatorV3One {
 SOCKET_TRT_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
     static socket_trt::tensorrt::SocketAttentionCreatorV3 creator;
     static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator};
-    count = socket_trt::tensorrt::creator_count();
+    count = socket_trt::tensorrt::creator_count(1);
     return creators;
 }

@@ -170,7 +170,8 @@ def plan_text(manifest: Manifest) -> str:
     plan = manifest.plan
     if plan is None:
         return "none yet"
+    products = f"products by cuBLAS {plan.cublas}, " if plan.cublas else ""
     return (
         f"TensorRT {plan.tensorrt}, {plan.gpu} ({plan.compute_capability}), plugin {plan.plugin_release} "
-        f"({plan.plugin_sha256[:12]}), steps of {plan.max_step_tokens} tokens, {plan.build_seconds:.1f} s"
+        f"({plan.plugin_sha256[:12]}), {products}steps of {plan.max_step_tokens} tokens, {plan.build_seconds:.1f} s"
     )

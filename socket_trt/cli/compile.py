@@ -25,13 +25,20 @@ def compile_(
             min=0, max=5, help="How long TensorRT searches for fast kernels; by default what suits its version."
         ),
     ] = None,
+    cublas: Annotated[
+        bool | None,
+        typer.Option(
+            "--cublas/--no-cublas",
+            help="Whether cuBLAS computes matrix products on TensorRT 8.6; by default where it is installed.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Build TensorRT's plan of an engine directory for the GPU of this machine; needs no PyTorch."""
     engine = EngineDirectory.open(directory)
     with needs("tensorrt", "compiling"):
         from socket_trt.engine.compile import compile_engine
-    manifest = compile_engine(engine, RichProgress(), max_step_tokens, optimization_level)
+    manifest = compile_engine(engine, RichProgress(), max_step_tokens, optimization_level, cublas)
     if as_json:
         out.print_json(manifest.model_dump_json())
     else:

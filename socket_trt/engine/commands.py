@@ -31,7 +31,7 @@ def build_commands(engine: EngineDirectory) -> dict[str, str]:
     except MissingDependencyError:
         plugin = Path(record.plugin)
     autoload = plugin.with_name(autoload_name(_major(record)))
-    held = float32_layers(load_network(engine, _major(record))) if _major(record) < 10 else []
+    held = float32_layers(load_network(engine, 8, cublas=record.cublas is not None)) if _major(record) < 10 else []
     network = engine.path / NETWORK_FILE
     return {
         "trtexec": trtexec_command(manifest, record, network, plugin, held),

@@ -21,7 +21,7 @@ from socket_trt.engine.profiles import (
     engine_profiles,
     pool_pages,
 )
-from socket_trt.errors import ConfigError, EngineError
+from socket_trt.errors import ConfigError, EngineError, MissingDependencyError
 from socket_trt.onnx.network import NetworkGraph, embedded_graph, network_graph
 from socket_trt.progress import Advance, Progress
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 NETWORK_FILE = "network.onnx"
 # What the CUDA library has kernels for (plugins/include/socket_trt/kernels.h).
 KERNEL_HEAD_SIZES = (64, 96, 128, 256)
+NO_CUBLAS = "there is no cuBLAS 12 (libcublas.so.12): pip install nvidia-cublas-cu12"
 MAX_GROUP = 16  # query heads of a KV head
 
 
@@ -48,8 +49,11 @@ def compile_engine(
     progress: Progress,
     max_step_tokens: int = DEFAULT_MAX_STEP_TOKENS,
     optimization_level: int | None = None,
+    cublas: bool | None = None,
 ) -> Manifest:
     """Write `engine.plan` and `network.onnx`, the graph it was built from, and note both in the manifest.
+
+    The options are those of `compile_graph`.
 
     Raises ConfigError for an engine or options that TensorRT cannot take, EngineError where it refuses the graph or the
     directory cannot be written, MissingDependencyError where there is no TensorRT.
@@ -62,7 +66,12 @@ def compile_engine(
 
     tensorrt = open_tensorrt()
     compiled = compile_graph(
-        engine, tensorrt, progress, max_step_tokens=max_step_tokens, optimization_level=optimization_level
+        engine,
+        tensorrt,
+        progress,
+        max_step_tokens=max_step_tokens,
+        optimization_level=optimization_level,
+        cublas=cublas,
     )
     _replace(engine.path / NETWORK_FILE, compiled.network.serialize())
     _replace(engine.path / PLAN_FILE, compiled.plan)
@@ -78,17 +87,22 @@ def compile_graph(
     attributes: Mapping[str, int] | None = None,
     max_step_tokens: int = DEFAULT_MAX_STEP_TOKENS,
     optimization_level: int | None = None,
+    cublas: bool | None = None,
 ) -> Compiled:
     """Build a plan of the engine's graph, with these `attributes` of every operator in place of its own.
 
-    `optimization_level`: how long TensorRT searches, 0 to 5; by default what suits its version.
+    optimization_level  how long TensorRT searches, 0 to 5; by default what suits its version
+    cublas              whether cuBLAS computes products; by default where TensorRT is 8.6 and cuBLAS is there
+
+    Raises ConfigError and MissingDependencyError for a cuBLAS that is not used or not there.
     """
     manifest = engine.manifest
     check_plannable(engine, tensorrt.major)
     check_max_step_tokens(max_step_tokens, manifest.max_batch_size)
     max_pages = pool_pages(manifest)
+    products = _cublas_version(tensorrt, cublas)
     begin = time.perf_counter()
-    network = load_network(engine, tensorrt.major, attributes)
+    network = load_network(engine, tensorrt.major, attributes, cublas=products is not None)
     level = default_optimization_level(tensorrt.major) if optimization_level is None else optimization_level
     changed = ", ".join(f"{name}={value}" for name, value in (attributes or {}).items())
     with progress.task(f"Building the TensorRT plan{f' with {changed}' if changed else ''}", 1000) as advance:
@@ -115,6 +129,7 @@ def compile_graph(
         max_step_tokens=max_step_tokens,
         max_pages=max_pages,
         optimization_level=level,
+        cublas=products,
         build_seconds=round(time.perf_counter() - begin, 2),
     )
     return Compiled(plan, record, network)
@@ -134,18 +149,31 @@ def compile_variant(
         attributes=attributes,
         max_step_tokens=plan.max_step_tokens,
         optimization_level=plan.optimization_level,
+        cublas=plan.cublas is not None,
     )
 
 
-def load_network(engine: EngineDirectory, major: int, attributes: Mapping[str, int] | None = None) -> NetworkGraph:
-    """The graph for the parser of this major version of TensorRT; `attributes`: see `compile_graph`."""
+def load_network(
+    engine: EngineDirectory, major: int, attributes: Mapping[str, int] | None = None, *, cublas: bool = False
+) -> NetworkGraph:
+    """The graph for the parser of this major version of TensorRT; `attributes` and `cublas`: see `compile_graph`."""
     model = ir.load(engine.graph)
     for node in model.graph:
         if (node.domain, node.op_type) == (names.DOMAIN, names.OPERATOR):
             for name, value in (attributes or {}).items():
                 node.attributes[name] = ir.AttrInt64(name, value)
     prepare = embedded_graph if engine.manifest.weights.mode == "embedded" else network_graph
-    return prepare(model, opset17=major < 10)
+    return prepare(model, opset17=major < 10, cublas=cublas)
+
+
+def _cublas_version(tensorrt: TensorRT, wanted: bool | None) -> str | None:
+    """Version of the cuBLAS that is to compute products; None: TensorRT computes them."""
+    found = tensorrt.plugin.cublas
+    if wanted and tensorrt.major >= 10:
+        raise ConfigError(f"--cublas: TensorRT {tensorrt.version} computes products itself; only 8.6 has cuBLAS do it")
+    if wanted and found is None:
+        raise MissingDependencyError(f"--cublas: {NO_CUBLAS}")
+    return None if wanted is False else found
 
 
 def check_plannable(engine: EngineDirectory, major: int) -> None:

@@ -15,7 +15,7 @@ from socket_trt.runtime.session import SessionLimits, full_pool
 from socket_trt.weights import FileRecord, TensorLocation, check_files, sha256_of
 
 # Raised with every change that an older or newer release could misread.
-FORMAT = 3
+FORMAT = 4
 
 MANIFEST_FILE = "build.json"
 GRAPH_FILE = "model.onnx"
@@ -77,6 +77,7 @@ class PlanRecord(_Record):
 
     max_step_tokens     tokens a step may have;  max_pages  pages the pool of a session may have
     optimization_level  of TensorRT's builder
+    cublas              version of the cuBLAS that computed products when it was built; None: TensorRT computes them
     """
 
     file: str
@@ -90,6 +91,7 @@ class PlanRecord(_Record):
     max_step_tokens: int
     max_pages: int
     optimization_level: int
+    cublas: str | None
     build_seconds: float
 
 

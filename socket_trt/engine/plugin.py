@@ -23,11 +23,15 @@ _BUILD = "run 'cmake -B build -G Ninja && cmake --build build' with TensorRT's h
 
 @dataclasses.dataclass(frozen=True)
 class LoadedPlugin:
-    """The library that a TensorRT module's registry has loaded."""
+    """The library that a TensorRT module's registry has loaded.
+
+    cublas  version of the cuBLAS that its `Linear` finds; None for a library without it, or where there is no cuBLAS
+    """
 
     path: Path
     sha256: str
     release: str
+    cublas: str | None = None
 
 
 _loaded: dict[str, LoadedPlugin] = {}  # by the name of TensorRT's module: each has a registry of its own
@@ -107,6 +111,13 @@ def check_library(path: Path, tensorrt_version: str) -> str:
     return release
 
 
+def cublas_version(path: Path) -> str | None:
+    """Version of the cuBLAS that the plugin library at `path` finds for products; None where it finds or needs none."""
+    read_version = getattr(ctypes.CDLL(str(path)), "SocketTrtPluginCublas", None)
+    number = 0 if read_version is None else int(read_version())
+    return f"{number // 10000}.{number // 100 % 100}.{number % 100}" if number else None
+
+
 def _creator(registry: Any) -> Any:
     """The operator's creator; None where it is not registered."""
     find = registry.get_creator if hasattr(registry, "get_creator") else registry.get_plugin_creator  # 8.6
@@ -139,7 +150,7 @@ def load_plugin(trt_module: ModuleType, logger: Any = None) -> LoadedPlugin:
     fields = [field.name for field in creator.field_names]
     if fields != expected:
         raise MissingDependencyError(f"{path} takes the fields {fields}, this package gives {expected}: {_BUILD}")
-    plugin = LoadedPlugin(path, hashlib.sha256(path.read_bytes()).hexdigest(), release)
+    plugin = LoadedPlugin(path, hashlib.sha256(path.read_bytes()).hexdigest(), release, cublas_version(path))
     if logger is not None:
         logger.log(trt_module.ILogger.Severity.INFO, f"{names.OPERATOR} {release} from {path}")
     _loaded[trt_module.__name__] = plugin

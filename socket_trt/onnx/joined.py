@@ -31,9 +31,9 @@ def join_products(graph: ir.Graph, weights: Sequence[ir.Value], alone: Collectio
 
     A product is joined where its right operand is a weight, transposed, that nothing else uses.
     """
-    groups: dict[tuple[ir.Value | None, object], list[_Product]] = {}
+    groups: dict[tuple[ir.Value | None, object], list[Product]] = {}
     for node in graph:
-        product = _product_of(node)
+        product = product_of(node)
         if product is not None and product.weight in alone:
             groups.setdefault((node.inputs[0], product.weight.dtype), []).append(product)
     joint: list[ir.Value] = []
@@ -46,7 +46,7 @@ def join_products(graph: ir.Graph, weights: Sequence[ir.Value], alone: Collectio
 
 
 @dataclasses.dataclass(frozen=True)
-class _Product:
+class Product:
     """The product x W^T, W [rows, columns], in two nodes."""
 
     weight: ir.Value
@@ -56,7 +56,7 @@ class _Product:
     product: ir.Node
 
 
-def _product_of(node: ir.Node) -> _Product | None:
+def product_of(node: ir.Node) -> Product | None:
     """The product that ends in `node`, where nothing else uses its weight."""
     right = node.inputs[1] if node.op_type == "MatMul" else None
     transpose = right.producer() if right is not None and len(right.uses()) == 1 else None
@@ -66,10 +66,10 @@ def _product_of(node: ir.Node) -> _Product | None:
     if weight is None or len(weight.uses()) > 1 or weight.shape is None or len(weight.shape) != 2:
         return None
     rows, columns = weight.shape.numpy()
-    return _Product(weight, rows, columns, transpose, node)
+    return Product(weight, rows, columns, transpose, node)
 
 
-def _join(graph: ir.Graph, products: list[_Product]) -> ir.Value:
+def _join(graph: ir.Graph, products: list[Product]) -> ir.Value:
     """Put one product and a split in the place of `products`; returns the joint weight, an input."""
     first, rows = products[0], [product.rows for product in products]
     name, old = str(first.product.name), [product.product.outputs[0] for product in products]

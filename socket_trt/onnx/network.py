@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from socket_trt.onnx.initializers import add_integers
 from socket_trt.onnx.joined import join_products
+from socket_trt.onnx.linear import products_by_plugin
 from socket_trt.onnx.opset17 import lower_to_opset17
 from socket_trt.onnx.rank2 import drop_leading_one
 from socket_trt.onnx.rotary import rotate_by_one_slice
@@ -39,8 +40,11 @@ class NetworkGraph:
         return bytes(ir.to_proto(self.model).SerializeToString())
 
 
-def network_graph(model: ir.Model, opset17: bool = False) -> NetworkGraph:
-    """Prepare `model`, which is changed in place.  `opset17`: for TensorRT 8.6, whose parser knows no later one.
+def network_graph(model: ir.Model, opset17: bool = False, cublas: bool = False) -> NetworkGraph:
+    """Prepare `model`, which is changed in place.
+
+    opset17  for TensorRT 8.6, whose parser knows no later one
+    cublas   with it, products as nodes of the plugin that has cuBLAS compute them
 
     External initializers become inputs; a cast from the checkpoint's dtype behind one goes.  A weight that is, transposed,
     the right operand of a product with three axes gets a leading axis of one: TensorRT then needs no reshape between them.
@@ -56,6 +60,8 @@ def network_graph(model: ir.Model, opset17: bool = False) -> NetworkGraph:
         rotate_by_one_slice(model.graph)
     weights, alone = _weights_to_inputs(model.graph)
     weights = join_products(model.graph, weights, alone)
+    if opset17 and cublas:
+        products_by_plugin(model.graph)
     transposed = [name for weight in weights for name in _lead_with_one(model.graph, weight)]
     values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
     return NetworkGraph(
@@ -67,14 +73,14 @@ def network_graph(model: ir.Model, opset17: bool = False) -> NetworkGraph:
     )
 
 
-def embedded_graph(model: ir.Model, opset17: bool = False) -> NetworkGraph:
+def embedded_graph(model: ir.Model, opset17: bool = False, cublas: bool = False) -> NetworkGraph:
     """`network_graph` for weights that stay initializers, which the parser reads from beside the graph."""
     kept = {}
     for name, value in list(model.graph.initializers.items()):
         if isinstance(value.const_value, ir.ExternalTensor):
             kept[name] = value.const_value
             value.const_value = None
-    graph = network_graph(model, opset17)
+    graph = network_graph(model, opset17, cublas)
     for name, tensor in kept.items():
         model.graph.initializers[name].const_value = tensor
     return graph

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from socket_trt import names
-from socket_trt.engine.compile import Compiled, plan_profiles
+from socket_trt.engine.compile import NO_CUBLAS, Compiled, plan_profiles
 from socket_trt.engine.manifest import EngineDirectory, PlanRecord
 from socket_trt.engine.tensorrt import TensorRT, open_tensorrt
 from socket_trt.errors import ConfigError, EngineError, RequestError
@@ -417,3 +417,8 @@ def check_compatible(engine: EngineDirectory, record: PlanRecord, tensorrt: Tens
             raise EngineError(
                 f"{engine.path}: its plan was built for {built}, here is {here}; run socket-trt compile again"
             )
+    if record.cublas is not None and plugin.cublas is None:
+        raise EngineError(
+            f"{engine.path}: cuBLAS {record.cublas} computed its plan's products; {NO_CUBLAS}, or run socket-trt compile "
+            "again"
+        )

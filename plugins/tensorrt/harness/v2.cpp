@@ -1,6 +1,7 @@
 // The life cycle of an IPluginV2DynamicExt, as TensorRT 8.6 runs it; created by its registry where one is named.
 #include <cstring>
 
+#include "linear.h"
 #include "tensorrt.h"
 
 namespace harness {
@@ -24,8 +25,9 @@ class SubjectV2 : public Subject {
                 find_function<nvinfer1::IPluginCreator* const*(int32_t&)>(library, "getPluginCreators");
             int32_t count = 0;
             nvinfer1::IPluginCreator* const* all = creators(count);
-            expect(count == 1 && all != nullptr, "the library has one creator");
+            expect(count == 2 && all != nullptr, "the library has two creators");
             creator_ = all[0];
+            linear_ = all[1];
         } else {
             void* runtime = open_library(tensorrt);
             nvinfer1::IPluginRegistry* registry =
@@ -34,6 +36,7 @@ class SubjectV2 : public Subject {
             expect(registry->loadLibrary(path.c_str()) != nullptr, "the registry loads the library");
             creator_ = registry->getPluginCreator("SocketAttention", "1", "socket");
             expect(creator_ != nullptr, "the creator is found");
+            linear_ = registry->getPluginCreator("Linear", "1", "socket");
         }
         static Finder finder;
         find_function<void(nvinfer1::ILoggerFinder*)>(library, "setLoggerFinder")(&finder);
@@ -57,6 +60,7 @@ class SubjectV2 : public Subject {
         expect(std::string(creator_->getPluginNamespace()) == "other", "the creator's namespace can be set");
         creator_->setPluginNamespace("socket");
         take_log();
+        walk_linear(linear_);
     }
 
     void walk_build(const Case& shapes) override {
@@ -145,6 +149,7 @@ class SubjectV2 : public Subject {
     }
 
     nvinfer1::IPluginCreator* creator_ = nullptr;
+    nvinfer1::IPluginCreator* linear_ = nullptr;
     nvinfer1::IPluginV2DynamicExt* plugin_ = nullptr;
 };
 
