@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.files import gpu_slug
+from benchmarks.files import gpu_slug, write_results
 from socket_trt.benchmark import BenchOptions, BenchReport, plot, run_benchmark
 from socket_trt.cases import Case
 from socket_trt.cli.console import RichProgress
@@ -49,6 +49,7 @@ def table(reports: list[BenchReport]) -> str:
     ]
     for report in reports:
         model = f"{report.model}, R = {report.parameters['planes']}"
+        model += f", products by cuBLAS {report.cublas}" if report.cublas else ""
         for result in report.decode:
             speedup = report.speedup(result)
             lines.append(
@@ -73,12 +74,9 @@ def main() -> None:
         reports = [BenchReport.from_dict(json.loads(path.read_text())) for path in arguments.reports]
     else:
         reports = [measure(name, arguments.engines / name) for name in OPTIONS]
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    stem = f"decode-{gpu_slug(reports[0].gpu)}"
-    fields = [report.as_dict() for report in reports]
-    (arguments.output / f"{stem}.json").write_text(json.dumps(fields, indent=2) + "\n")
-    (arguments.output / f"{stem}.md").write_text(table(reports))
-    plot(reports, arguments.output / f"{stem}.png")
+    stem = arguments.output / f"decode-{gpu_slug(reports[0].gpu)}"
+    write_results(stem, [report.as_dict() for report in reports], table(reports))
+    plot(reports, stem.with_suffix(".png"))
     print(table(reports))
 
 

@@ -14,7 +14,7 @@ def gpu_slug(gpu: str) -> str:
     return "-".join(words).lower()
 
 
-def write_results(stem: Path, results: dict[str, Any], text: str) -> None:
+def write_results(stem: Path, results: dict[str, Any] | list[dict[str, Any]], text: str) -> None:
     """STEM.json with the results and STEM.md with the text made of them; each is there as a whole or not at all."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     for suffix, content in ((".json", json.dumps(results, indent=1) + "\n"), (".md", text)):

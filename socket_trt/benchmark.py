@@ -68,7 +68,7 @@ class DecodeResult:
 
 @dataclasses.dataclass(frozen=True)
 class BenchReport:
-    """Everything that was measured, and on what."""
+    """Everything that was measured, and on what.  `cublas`: version of the cuBLAS that computed products, if it did."""
 
     engine: str
     model: str
@@ -81,6 +81,7 @@ class BenchReport:
     decode: list[DecodeResult]
     prefill: list[dict[str, Any]]
     layers: dict[str, list[tuple[str, float]]]
+    cublas: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self)
@@ -159,6 +160,7 @@ def run_benchmark(engine: EngineDirectory, options: BenchOptions, progress: Prog
         decode=decode,
         prefill=prefill,
         layers=layers,
+        cublas=manifest.plan.cublas,
     )
 
 

@@ -20,7 +20,7 @@ from socket_trt.reference import key_codes, pack_codes
 from socket_trt.runtime.random_cache import draw_pages, fill_caches
 from socket_trt.runtime.tensorrt_session import TensorRTSession
 from tests.engines import tiny_engine
-from tests.tensorrt_fixtures import OPTIONS, FakeMachine
+from tests.tensorrt_fixtures import OPTIONS, FakeMachine, FakePlugin
 
 
 @pytest.mark.parametrize("planes", [6, 10])
@@ -87,6 +87,7 @@ def test_report_of_both_attentions(machine: FakeMachine, caplog: pytest.LogCaptu
     fields = json.loads(json.dumps(report.as_dict()))
     assert fields["decode"][0]["tokens_per_second"] > 0
     assert BenchReport.from_dict(fields) == report
+    assert report.cublas is None
 
 
 def test_speedup_is_against_the_dense_engine_in_the_same_case() -> None:
@@ -165,7 +166,7 @@ def test_files_that_cannot_be_written_are_found_before_anything_is_timed(
 def test_reports_are_put_together(machine: FakeMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import decode
 
-    machine.install(name="NVIDIA Fake")
+    machine.install(name="NVIDIA Fake", plugin=FakePlugin(cublas="12.9.1"))
     report = run_benchmark(machine.compiled(), BenchOptions([Case(1, 64)], steps=1, random_weights=True), Silent())
     (tmp_path / "a.json").write_text(json.dumps(report.as_dict()))
     monkeypatch.setattr(
@@ -175,4 +176,7 @@ def test_reports_are_put_together(machine: FakeMachine, tmp_path: Path, monkeypa
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "decode-fake.json", "decode-fake.md", "decode-fake.png",
     ]  # fmt: skip
-    assert "| tiny, 2 layers, float16, R = 8 | 1 | 64 | socket |" in (tmp_path / "out" / "decode-fake.md").read_text()
+    assert (
+        "| tiny, 2 layers, float16, R = 8, products by cuBLAS 12.9.1 | 1 | 64 | socket |"
+        in (tmp_path / "out" / "decode-fake.md").read_text()
+    )

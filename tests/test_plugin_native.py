@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from socket_trt import native
 from socket_trt.config import INT32_MAX, SocketConfig
+from socket_trt.engine.plugin import cublas_version
 from tests.plugin_harness import (
     ALL_MAJORS,
+    REPOSITORY,
     Fields,
     attributes,
     fields_of,
@@ -166,3 +172,39 @@ def test_the_largest_batch_may_need_less_than_a_smaller_one() -> None:
         return native.load_library().workspace_bytes(params)
 
     assert max(needed(n) for n in range(1, 9)) > needed(8)
+
+
+CUBLAS = """
+int cublasGetProperty(int part, int *value) { *value = (int[]){12, 9, 1}[part]; return 0; }
+int cublasCreate_v2(void **handle) { return 1; }
+int cublasSetStream_v2(void *handle, void *stream) { return 1; }
+int cublasSetWorkspace_v2(void *handle, void *workspace, unsigned long bytes) { return 1; }
+"""
+GEMM = "int cublasGemmEx(void) { return 1; }"
+
+
+@pytest.mark.parametrize(("source", "found"), [(CUBLAS + GEMM, "12.9.1"), (CUBLAS, None)])
+def test_cublas_is_taken_for_one_only_if_it_is_whole(source: str, found: str | None, tmp_path: Path) -> None:
+    """In a process that has loaded what bears its name, as TensorRT 8.6 has."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler (cc), which makes a library that is named like cuBLAS")
+    library = tmp_path / "libcublas.so.12"
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-x", "c", "-", "-Wl,-soname,libcublas.so.12", "-o", library],
+        input=source, text=True, check=True,
+    )  # fmt: skip
+    program = (
+        "import ctypes, pathlib, sys; ctypes.CDLL(sys.argv[1])\n"
+        "from socket_trt.engine.plugin import cublas_version; print(cublas_version(pathlib.Path(sys.argv[2])))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, library, plugin_library(8)],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert result.stdout.strip() == str(found)
+
+
+def test_libraries_for_later_versions_of_tensorrt_need_no_cublas() -> None:
+    assert cublas_version(plugin_library(10)) is None

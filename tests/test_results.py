@@ -8,7 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks import attention, traffic
+from benchmarks import attention, decode, traffic
+from socket_trt.benchmark import BenchReport
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
@@ -19,6 +20,12 @@ RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 def test_tables_are_those_of_the_figures(benchmark: ModuleType, name: str) -> None:
     results = json.loads((RESULTS / f"{name}.json").read_text())
     assert benchmark.table(results) == (RESULTS / f"{name}.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["decode-h100", "decode-h200"])
+def test_decode_tables_are_those_of_the_reports(name: str) -> None:
+    reports = [BenchReport.from_dict(fields) for fields in json.loads((RESULTS / f"{name}.json").read_text())]
+    assert decode.table(reports) == (RESULTS / f"{name}.md").read_text()
 
 
 def test_table_compares_the_operator_behind_itself_and_behind_others() -> None:

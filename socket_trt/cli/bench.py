@@ -80,7 +80,8 @@ def print_report(report: BenchReport) -> None:
             )
         )
     columns = ("batch", "tokens", "attention", "ms a step", "on the GPU", "tokens/s", "against dense")
-    out.print(table(f"{report.model}: {report.gpu}, TensorRT {report.tensorrt}", columns, rows))
+    versions = f"TensorRT {report.tensorrt}" + (f", cuBLAS {report.cublas}" if report.cublas else "")
+    out.print(table(f"{report.model}: {report.gpu}, {versions}", columns, rows))
     for entry in report.prefill:
         out.print(f"prefill, {entry['attention']}: {entry['tokens']} tokens, {entry['tokens_per_second']:.0f} tokens/s")
     out.print("memory: " + ", ".join(f"{name} {human_bytes(size)}" for name, size in report.memory_bytes.items()))
