@@ -5,6 +5,8 @@
 #ifndef SOCKET_TRT_TENSORRT_LINEAR_V2_H_
 #define SOCKET_TRT_TENSORRT_LINEAR_V2_H_
 
+#include <cstring>
+
 #include "adapter.h"
 #include "cublas.h"
 
@@ -14,15 +16,15 @@ namespace {
 
 constexpr char kLinearName[] = "Linear";
 constexpr char kLinearVersion[] = "1";
+// What an engine holds of it: with which release it was built.
+constexpr char kLinearData[] = "Linear " SOCKET_TRT_RELEASE;
+constexpr size_t kLinearBytes = sizeof(kLinearData) - 1;
 
 // Inputs: activations [tokens, columns] and a weight [rows, columns]; output: [tokens, rows].  All float16.
 class LinearV2 : public nvinfer1::IPluginV2DynamicExt {
   public:
     LinearV2(const std::string& layer, bool from_engine, const std::string& plugin_namespace)
         : layer_(layer), from_engine_(from_engine), namespace_(plugin_namespace) {}
-
-    // What an engine holds of it: with which release it was built.
-    static std::string serialized() { return std::string(kLinearName) + " " SOCKET_TRT_RELEASE; }
 
     // ---- IPluginV2 ----
 
@@ -31,38 +33,22 @@ class LinearV2 : public nvinfer1::IPluginV2DynamicExt {
     int32_t getNbOutputs() const noexcept override { return 1; }
 
     int32_t initialize() noexcept override {
-        if (!from_engine_) return 0;
-        return guarded(
-            layer_.c_str(), 1,
-            [&] {
-                prepare_products();
-                return 0;
-            },
-            kLinearName);
+        return guard(1, [&] {
+            if (from_engine_) prepare_products();
+            return 0;
+        });
     }
     void terminate() noexcept override {}
 
-    size_t getSerializationSize() const noexcept override { return sizeof("Linear " SOCKET_TRT_RELEASE) - 1; }
-    void serialize(void* buffer) const noexcept override {
-        guarded(
-            layer_.c_str(), 0,
-            [&] {
-                const std::string bytes = serialized();
-                std::copy(bytes.begin(), bytes.end(), static_cast<char*>(buffer));
-                return 0;
-            },
-            kLinearName);
-    }
+    size_t getSerializationSize() const noexcept override { return kLinearBytes; }
+    void serialize(void* buffer) const noexcept override { std::memcpy(buffer, kLinearData, kLinearBytes); }
     void destroy() noexcept override { delete this; }
 
     void setPluginNamespace(const char* name) noexcept override {
-        guarded(
-            layer_.c_str(), 0,
-            [&] {
-                namespace_ = name == nullptr ? "" : name;
-                return 0;
-            },
-            kLinearName);
+        guard(0, [&] {
+            namespace_ = name == nullptr ? "" : name;
+            return 0;
+        });
     }
     const char* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
 
@@ -75,8 +61,8 @@ class LinearV2 : public nvinfer1::IPluginV2DynamicExt {
     // ---- IPluginV2DynamicExt ----
 
     nvinfer1::IPluginV2DynamicExt* clone() const noexcept override {
-        return guarded<nvinfer1::IPluginV2DynamicExt*>(
-            layer_.c_str(), nullptr, [&] { return new LinearV2(layer_, from_engine_, namespace_); }, kLinearName);
+        return guard<nvinfer1::IPluginV2DynamicExt*>(nullptr,
+                                                     [&] { return new LinearV2(layer_, from_engine_, namespace_); });
     }
 
     nvinfer1::DimsExprs getOutputDimensions(int32_t, const nvinfer1::DimsExprs* inputs, int32_t,
@@ -97,13 +83,10 @@ class LinearV2 : public nvinfer1::IPluginV2DynamicExt {
     // It cannot refuse: what is wrong is said here, and enqueue fails.
     void configurePlugin(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t,
                          const nvinfer1::DynamicPluginTensorDesc*, int32_t) noexcept override {
-        guarded(
-            layer_.c_str(), 0,
-            [&] {
-                product_of(inputs[0].max, inputs[1].max);
-                return 0;
-            },
-            kLinearName);
+        guard(0, [&] {
+            product_of(inputs[0].max, inputs[1].max);
+            return 0;
+        });
     }
 
     size_t getWorkspaceSize(const nvinfer1::PluginTensorDesc*, int32_t, const nvinfer1::PluginTensorDesc*,
@@ -115,20 +98,22 @@ class LinearV2 : public nvinfer1::IPluginV2DynamicExt {
                     const void* const* inputs, void* const* outputs, void* workspace,
                     cudaStream_t stream) noexcept override {
         if (!from_engine_) return 0;  // the builder's timing has nothing to choose from
-        return guarded(
-            layer_.c_str(), 1,
-            [&] {
-                Product product = product_of(input_desc[0].dims, input_desc[1].dims);
-                product.activations = inputs[0];
-                product.weight = inputs[1];
-                product.output = outputs[0];
-                enqueue_product(product, workspace, stream);
-                return 0;
-            },
-            kLinearName);
+        return guard(1, [&] {
+            Product product = product_of(input_desc[0].dims, input_desc[1].dims);
+            product.activations = inputs[0];
+            product.weight = inputs[1];
+            product.output = outputs[0];
+            enqueue_product(product, workspace, stream);
+            return 0;
+        });
     }
 
   private:
+    template <typename Result, typename Call>
+    Result guard(Result fallback, const Call& call) const noexcept {
+        return guarded(layer_.c_str(), fallback, call, kLinearName);
+    }
+
     // Sizes of the product.  Throws PluginError for operands that do not fit.
     static Product product_of(const nvinfer1::Dims& activations, const nvinfer1::Dims& weight) {
         if (activations.nbDims != 2 || weight.nbDims != 2 || activations.d[1] != weight.d[1]) {
@@ -145,15 +130,15 @@ class LinearV2 : public nvinfer1::IPluginV2DynamicExt {
 class LinearCreatorV2 : public nvinfer1::IPluginCreator {
   public:
     nvinfer1::IPluginV2* createPlugin(const char* layer, const nvinfer1::PluginFieldCollection*) noexcept override {
-        return create(layer, [&] { return new LinearV2(layer == nullptr ? "" : layer, false, namespace_); });
+        return guard<nvinfer1::IPluginV2*>(
+            layer, nullptr, [&] { return new LinearV2(layer == nullptr ? "" : layer, false, namespace_); });
     }
     nvinfer1::IPluginV2* deserializePlugin(const char* layer, const void* data, size_t size) noexcept override {
-        return create(layer, [&] {
+        return guard<nvinfer1::IPluginV2*>(layer, nullptr, [&] {
             const std::string bytes(static_cast<const char*>(data), data == nullptr ? 0 : size);
-            if (bytes != LinearV2::serialized()) {
+            if (bytes != kLinearData) {
                 throw PluginError("the engine's data for this plugin is '" + bytes + "', this library's is '" +
-                                  LinearV2::serialized() +
-                                  "': build the engine again, or load the library of its release");
+                                  kLinearData + "': build the engine again, or load the library of its release");
             }
             return new LinearV2(layer == nullptr ? "" : layer, true, namespace_);
         });
@@ -166,20 +151,17 @@ class LinearCreatorV2 : public nvinfer1::IPluginCreator {
     const char* getPluginName() const noexcept override { return kLinearName; }
     const char* getPluginVersion() const noexcept override { return kLinearVersion; }
     void setPluginNamespace(const char* name) noexcept override {
-        guarded(
-            "", 0,
-            [&] {
-                namespace_ = name == nullptr ? "" : name;
-                return 0;
-            },
-            kLinearName);
+        guard("", 0, [&] {
+            namespace_ = name == nullptr ? "" : name;
+            return 0;
+        });
     }
     const char* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
 
   private:
-    template <typename Call>
-    static nvinfer1::IPluginV2* create(const char* layer, const Call& call) noexcept {
-        return guarded<nvinfer1::IPluginV2*>(layer, nullptr, call, kLinearName);
+    template <typename Result, typename Call>
+    static Result guard(const char* layer, Result fallback, const Call& call) noexcept {
+        return guarded(layer, fallback, call, kLinearName);
     }
 
     std::string namespace_ = kPluginNamespace;
