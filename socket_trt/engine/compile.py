@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from socket_trt.engine.tensorrt import TensorRT
 
 NETWORK_FILE = "network.onnx"
+NO_CUBLAS = "there is no cuBLAS 12 (libcublas.so.12): pip install nvidia-cublas-cu12"
 # What the CUDA library has kernels for (plugins/include/socket_trt/kernels.h).
 KERNEL_HEAD_SIZES = (64, 96, 128, 256)
-NO_CUBLAS = "there is no cuBLAS 12 (libcublas.so.12): pip install nvidia-cublas-cu12"
 MAX_GROUP = 16  # query heads of a KV head
 
 
@@ -172,7 +172,7 @@ def _cublas_version(tensorrt: TensorRT, wanted: bool | None) -> str | None:
     if wanted and tensorrt.major >= 10:
         raise ConfigError(f"--cublas: TensorRT {tensorrt.version} computes products itself; only 8.6 has cuBLAS do it")
     if wanted and found is None:
-        raise MissingDependencyError(f"--cublas: {NO_CUBLAS}")
+        raise MissingDependencyError(f"{NO_CUBLAS}, or leave products to TensorRT (socket-trt compile --no-cublas)")
     return None if wanted is False else found
 
 
