@@ -17,6 +17,9 @@ from socket_trt.progress import Silent
 from socket_trt.validation.validate import validate_engine
 from tests.families import CONFIGS, save_checkpoint
 
+# PyTorch's exporter is Python that coverage would trace; what these cover of the package others cover too.
+pytestmark = pytest.mark.no_cover
+
 SOCKET = SocketConfig(min_length=0, sink=8, window=8, budget_tokens=0, budget_permille=100, page_size=16)
 
 

@@ -25,7 +25,7 @@ from socket_trt.runtime.onnxruntime_session import OnnxRuntimeSession, session_o
 from socket_trt.runtime.session import StepBatch
 from socket_trt.validation.scenario import make_scenario
 from socket_trt.weights import map_tensor
-from tests.engines import SOCKET, temporary_directory, tiny_engine
+from tests.engines import SOCKET, shared_directory, tiny_engine
 from tests.fake_tensorrt import linear_body
 from tests.families import save_checkpoint
 
@@ -33,11 +33,15 @@ from tests.families import save_checkpoint
 @functools.cache
 def family_engine(name: str, stored: torch.dtype) -> EngineDirectory:
     """A float16 engine for TensorRT of a small model of a family, whose checkpoint has `stored` weights; to be read."""
-    directory = temporary_directory()
-    checkpoint = save_checkpoint(name, directory / "checkpoint", dtype=stored)
+    checkpoint = shared_directory(
+        f"checkpoint,{name},{stored}", lambda directory: save_checkpoint(name, directory, dtype=stored)
+    )
     options = BuildOptions(SOCKET, dtype="float16", backend="tensorrt", max_seq_len=256)
-    build_engine(resolve_model(str(checkpoint)), directory / "engine", options, Silent())
-    return EngineDirectory.open(directory / "engine")
+    source = resolve_model(str(checkpoint))
+    engine = shared_directory(
+        f"engine,{name},{stored}", lambda directory: build_engine(source, directory, options, Silent())
+    )
+    return EngineDirectory.open(engine)
 
 
 def run(engine: EngineDirectory, graph: NetworkGraph, step: StepBatch, num_pages: int) -> np.ndarray:

@@ -34,6 +34,9 @@ from socket_trt.quality.methods import Dense
 from socket_trt.quality.tasks import TASKS, needles
 from socket_trt.quality.vocabulary import ASK, Vocabulary
 
+# As in test_families.py: training is slow to trace.
+pytestmark = pytest.mark.no_cover
+
 STAGE = Stage(40, 48, 16, DRILL, 4)
 SMALL = dataclasses.replace(SIZES["small"], vocabulary=Vocabulary(128), stages=(STAGE,))
 CPU = torch.device("cpu")

@@ -14,6 +14,9 @@ import torch
 from tests.foreign_models import HEAD_SIZE, VOCABULARY, genai_model
 from tests.rewriting import PROMPTS, assert_rewritten, close, packed_logits, random_tokens, rewrite
 
+# As in test_families.py: PyTorch's exporter is slow to trace.
+pytestmark = pytest.mark.no_cover
+
 
 class TorchExport(torch.nn.Module):
     """What a user writes around a Hugging Face model to export it with a cache."""
