@@ -1,7 +1,7 @@
 // Linear as an IPluginV2DynamicExt: the products of an engine for TensorRT 8.6, computed by cuBLAS.
 //
 // TensorRT 8.6 has no kernels for Hopper's products of few tokens, and does not call cuBLAS where weights are inputs.
-// Later versions need neither.  Included by plugin_v2.cpp.
+// Later versions have kernels for Hopper.  Included by plugin_v2.cpp.
 #ifndef SOCKET_TRT_TENSORRT_LINEAR_V2_H_
 #define SOCKET_TRT_TENSORRT_LINEAR_V2_H_
 
