@@ -59,6 +59,18 @@ Result guarded(const char* layer, Result fallback, const Call& call, const char*
     return fallback;
 }
 
+// What setPluginNamespace does; null is the empty namespace.
+inline void set_namespace(std::string& own, const char* name, const char* layer,
+                          const char* plugin = kPluginName) noexcept {
+    guarded(
+        layer, 0,
+        [&] {
+            own = name == nullptr ? "" : name;
+            return 0;
+        },
+        plugin);
+}
+
 // Once in a process: a runtime that binds 32 layers wrongly says so once.
 void warn_of_copied_caches(const char* layer) noexcept {
     static std::atomic<bool> warned{false};

@@ -45,10 +45,7 @@ class LinearV2 : public nvinfer1::IPluginV2DynamicExt {
     void destroy() noexcept override { delete this; }
 
     void setPluginNamespace(const char* name) noexcept override {
-        guard(0, [&] {
-            namespace_ = name == nullptr ? "" : name;
-            return 0;
-        });
+        set_namespace(namespace_, name, layer_.c_str(), kLinearName);
     }
     const char* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
 
@@ -150,12 +147,7 @@ class LinearCreatorV2 : public nvinfer1::IPluginCreator {
     }
     const char* getPluginName() const noexcept override { return kLinearName; }
     const char* getPluginVersion() const noexcept override { return kLinearVersion; }
-    void setPluginNamespace(const char* name) noexcept override {
-        guard("", 0, [&] {
-            namespace_ = name == nullptr ? "" : name;
-            return 0;
-        });
-    }
+    void setPluginNamespace(const char* name) noexcept override { set_namespace(namespace_, name, "", kLinearName); }
     const char* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
 
   private:

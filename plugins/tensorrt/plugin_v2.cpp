@@ -48,12 +48,7 @@ class SocketAttentionV2 : public nvinfer1::IPluginV2DynamicExt {
     }
     void destroy() noexcept override { delete this; }
 
-    void setPluginNamespace(const char* name) noexcept override {
-        guarded(core_.layer(), 0, [&] {
-            namespace_ = name == nullptr ? "" : name;
-            return 0;
-        });
-    }
+    void setPluginNamespace(const char* name) noexcept override { set_namespace(namespace_, name, core_.layer()); }
     const char* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
 
     // ---- IPluginV2Ext ----
@@ -131,12 +126,7 @@ class SocketAttentionCreatorV2 : public nvinfer1::IPluginCreator {
     const PluginFieldCollection* getFieldNames() noexcept override { return advertised_fields(); }
     const char* getPluginName() const noexcept override { return kPluginName; }
     const char* getPluginVersion() const noexcept override { return kPluginVersion; }
-    void setPluginNamespace(const char* name) noexcept override {
-        guarded("", 0, [&] {
-            namespace_ = name == nullptr ? "" : name;
-            return 0;
-        });
-    }
+    void setPluginNamespace(const char* name) noexcept override { set_namespace(namespace_, name, ""); }
     const char* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
 
   private:
