@@ -5,9 +5,14 @@ from __future__ import annotations
 DOMAIN = "socket"
 OPERATOR = "SocketAttention"
 OPERATOR_VERSION = 1
-# A product by cuBLAS, in networks for TensorRT 8.6: activations [tokens, columns], weight [rows, columns].
+# What lies around attention, in networks for TensorRT 8.6 (plugins/tensorrt/layers.h has their shapes).
 LINEAR = "Linear"
-LINEAR_VERSION = 1
+RMS_NORM = "RMSNorm"
+ADD_RMS_NORM = "AddRMSNorm"
+SPLIT_ROTARY = "SplitRotary"
+SWIGLU = "SwiGLU"
+LAYERS = (LINEAR, RMS_NORM, ADD_RMS_NORM, SPLIT_ROTARY, SWIGLU)
+LAYER_VERSION = 1
 
 OPERATOR_INPUTS = (
     "query",

@@ -163,6 +163,29 @@ def load_library() -> NativeLibrary:
         raise MissingDependencyError(f"{path} does not load: {error}") from None
 
 
+def call_layer(name: str, *arguments: Tensor | int | float) -> int:
+    """Call a function of plugins/include/socket_trt/layers.h on PyTorch's current stream; returns its cudaError_t.
+
+    Tensors, ints and floats in the order of the C declaration, without the stream.  Checks nothing.
+    """
+    import torch
+
+    def converted(argument: Tensor | int | float) -> Any:
+        if isinstance(argument, int):
+            return ctypes.c_int32(argument)
+        return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_void_p(argument.data_ptr())
+
+    function = getattr(ctypes.CDLL(str(load_library().path)), name)
+    return int(function(*map(converted, arguments), ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)))
+
+
+def prepare_layers() -> None:
+    """Load the kernels that `call_layer` launches, for the current device.  Raises NativeError where CUDA cannot."""
+    status = int(ctypes.CDLL(str(load_library().path)).SocketTrtPrepareLayers())
+    if status:
+        raise NativeError(status, f"CUDA error {status}", "the kernels of layers cannot be loaded")
+
+
 def make_params(attributes: OperatorAttributes, dtype: int, **sizes: int) -> Params:
     """Parameters without tensors: enough to ask for the workspace.  `sizes` as in `_SIZES`, less page_size."""
     fields: dict[str, Any] = attributes.as_dict()

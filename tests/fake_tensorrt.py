@@ -22,6 +22,7 @@ from socket_trt import names
 from socket_trt.onnx.function import function_body
 from socket_trt.runtime.onnxruntime_session import session_options
 from tests.fake_cuda import FakeDriver
+from tests.layer_bodies import layer_bodies
 
 _NUMPY = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16, TensorProto.INT32: np.int32}
 
@@ -39,7 +40,7 @@ class LayerType(enum.Enum):
     CONSTANT = "Constant"
     CAST = "Cast"
     IDENTITY = "Identity"
-    PLUGIN_V2 = f"{names.OPERATOR} {names.LINEAR}"
+    PLUGIN_V2 = " ".join((names.OPERATOR, *names.LAYERS))
     ELEMENTWISE = "Add Div Mul Sub"
     OTHER = ""
 
@@ -140,22 +141,6 @@ class FakeTensorRT:
             logger.log("Severity.ERROR", "magic tag does not match")
             return None
         return Engine(self, plan)
-
-
-def linear_body() -> onnx.FunctionProto:
-    """What the plugin `Linear` computes, for ONNX Runtime."""
-    return onnx.helper.make_function(
-        names.DOMAIN,
-        names.LINEAR,
-        ["activations", "weight"],
-        ["output"],
-        [
-            onnx.helper.make_node("Transpose", ["weight"], ["columns"], perm=[1, 0]),
-            onnx.helper.make_node("MatMul", ["activations", "columns"], ["output"]),
-        ],
-        [onnx.helper.make_opsetid("", 17)],
-        ["plugin_version", "plugin_namespace"],
-    )
 
 
 class Parser:
@@ -278,7 +263,7 @@ class Engine:
         header, _, data = plan.partition(b"\n")
         self.profiles = json.loads(header)["profiles"]
         model = onnx.load_model_from_string(data)
-        model.functions.extend([function_body(model.opset_import[0].version), linear_body()])
+        model.functions.extend([function_body(model.opset_import[0].version), *layer_bodies()])
         self.inputs = {i.name: i.type.tensor_type for i in model.graph.input}
         self.outputs = [output.name for output in model.graph.output]
         self.num_io_tensors = len(self.inputs) + len(self.outputs)

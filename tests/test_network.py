@@ -26,8 +26,8 @@ from socket_trt.runtime.session import StepBatch
 from socket_trt.validation.scenario import make_scenario
 from socket_trt.weights import map_tensor
 from tests.engines import SOCKET, shared_directory, tiny_engine
-from tests.fake_tensorrt import linear_body
 from tests.families import save_checkpoint
+from tests.layer_bodies import layer_bodies
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def run(engine: EngineDirectory, graph: NetworkGraph, step: StepBatch, num_pages
     """Logits of the network on ONNX Runtime, with the function body put back."""
     model = ir.to_proto(graph.model)
     assert not model.functions
-    model.functions.extend([function_body(model.opset_import[0].version), linear_body()])
+    model.functions.extend([function_body(model.opset_import[0].version), *layer_bodies()])
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), session_options(), providers=["CPUExecutionProvider"]
     )
@@ -77,6 +77,8 @@ def run(engine: EngineDirectory, graph: NetworkGraph, step: StepBatch, num_pages
         ("qwen2", torch.float16, False, False),
         ("llama3.2", torch.bfloat16, True, True),
         ("gemma2", torch.float16, True, True),
+        ("qwen3", torch.float16, True, True),
+        ("phi3", torch.float16, True, True),
     ],
 )
 def test_the_network_computes_what_the_graph_computes(
@@ -119,22 +121,25 @@ def test_products_of_the_same_activations_are_joined() -> None:
     assert joint == {("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")}
 
 
-@pytest.mark.parametrize("family", ["qwen2", "phi3", "mistral"])
-def test_cublas_computes_every_product_but_the_heads(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "norms", "rotary", "gates"),
+    [("phi3", 1, 2, 2), ("mistral", 1, 2, 2), ("gemma2", 5, 2, 0), ("qwen2", 1, 0, 2), ("qwen3", 5, 0, 2)],
+)
+def test_what_lies_around_attention_is_plugins(family: str, norms: int, rotary: int, gates: int) -> None:
+    """Of two layers.  Qwen's queries and keys have a bias or a norm of their own, Gemma's gates are no silu."""
     engine = family_engine(family, torch.float16)
     nodes = list(load_network(engine, 8, cublas=True).model.graph)
-    linear = [node for node in nodes if node.op_type == names.LINEAR]
-    assert len(linear) == 4 * engine.manifest.model.layers  # qkv, o, gate and up, down
-    for node in linear:
-        activations, weight = node.inputs
-        assert activations.dtype == weight.dtype == node.outputs[0].dtype == ir.DataType.FLOAT16
-        assert len(activations.shape) == len(weight.shape) == 2
-        assert list(node.outputs[0].shape)[1] == weight.shape[0]
-        assert all(part in engine.manifest.weights.tensors for part in parts_of(weight.name))
-    (head,) = [node for node in nodes if node.op_type == "MatMul"]
-    assert len(head.outputs[0].shape) == 3
-    assert head.outputs[0].shape[2] == engine.manifest.model.vocabulary_size
-    assert not any(node.op_type == names.LINEAR for node in load_network(engine, 10, cublas=True).model.graph)
+    kinds = [node.op_type for node in nodes]
+    assert [kinds.count(kind) for kind in names.LAYERS] == [2 * 4 + 1, norms, 4, rotary, gates]
+    assert not {"MatMul", "ReduceMean", "Sqrt", "GatherND"} & set(kinds)
+    for node in nodes:
+        if node.op_type == names.LINEAR:
+            activations, weight = node.inputs
+            assert activations.dtype == weight.dtype == node.outputs[0].dtype == ir.DataType.FLOAT16
+            assert len(activations.shape) == len(weight.shape) == 2
+            assert list(node.outputs[0].shape)[1] == weight.shape[0]
+            assert all(part in engine.manifest.weights.tensors for part in parts_of(weight.name))
+    assert not set(names.LAYERS) & {node.op_type for node in load_network(engine, 10, cublas=True).model.graph}
 
 
 def small_products(places: list[int], transposed_twice: bool = False) -> ir.Model:

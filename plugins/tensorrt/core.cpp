@@ -53,6 +53,8 @@ double read(const void* data) {
     return static_cast<double>(value);
 }
 
+}  // namespace
+
 double read_number(const Field& field, bool real) {
     const bool type_fits = real ? field.type == FieldType::kFloat32 || field.type == FieldType::kFloat64
                                 : field.type == FieldType::kInt32 || field.type == FieldType::kInt64;
@@ -73,6 +75,8 @@ double read_number(const Field& field, bool real) {
             return read<int64_t>(field.data);
     }
 }
+
+namespace {
 
 void check_value(const AttributeSpec& spec, double value) {
     if (!(value >= spec.low && value <= spec.high)) {

@@ -33,6 +33,8 @@ struct Field {
     FieldType type;
     int32_t length;
 };
+// The value of a field that holds one real, or one integer.  Throws PluginError for any other.
+double read_number(const Field& field, bool real);
 
 // Attributes of one operator, as in socket_trt.config.OperatorAttributes.
 struct Attributes {

@@ -4,7 +4,7 @@
 // has it updated in place all the same; where the addresses differ the cache is copied first
 // (AttentionPlugin::enqueue).
 #include "adapter.h"
-#include "linear_v2.h"
+#include "layer_v2.h"
 
 static_assert(NV_TENSORRT_MAJOR == 8, "later versions take plugin_v3.cpp");
 
@@ -143,9 +143,14 @@ class SocketAttentionCreatorV2 : public nvinfer1::IPluginCreator {
 }  // namespace socket_trt
 
 SOCKET_TRT_EXPORT nvinfer1::IPluginCreator* const* getPluginCreators(int32_t& count) {
-    static socket_trt::tensorrt::SocketAttentionCreatorV2 attention;
-    static socket_trt::tensorrt::LinearCreatorV2 linear;
-    static nvinfer1::IPluginCreator* const creators[] = {&attention, &linear};
-    count = socket_trt::tensorrt::creator_count(2);
+    using namespace socket_trt::tensorrt;
+    static SocketAttentionCreatorV2 attention;
+    static LayerCreatorV2<Linear> linear;
+    static LayerCreatorV2<RmsNorm> norm;
+    static LayerCreatorV2<AddRmsNorm> add_norm;
+    static LayerCreatorV2<SplitRotary> rotary;
+    static LayerCreatorV2<SwiGlu> gate;
+    static nvinfer1::IPluginCreator* const creators[] = {&attention, &linear, &norm, &add_norm, &rotary, &gate};
+    count = creator_count(static_cast<int32_t>(std::size(creators)));
     return creators;
 }

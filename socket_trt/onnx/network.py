@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from socket_trt.onnx.initializers import add_integers
 from socket_trt.onnx.joined import join_products
-from socket_trt.onnx.linear import products_by_plugin
+from socket_trt.onnx.layers import layers_by_plugins
 from socket_trt.onnx.opset17 import lower_to_opset17
 from socket_trt.onnx.rank2 import drop_leading_one
 from socket_trt.onnx.rotary import rotate_by_one_slice
@@ -57,11 +57,12 @@ def network_graph(model: ir.Model, opset17: bool = False, cublas: bool = False) 
     _powers_by_products(model.graph)
     if opset17:
         drop_leading_one(model.graph)
-        rotate_by_one_slice(model.graph)
     weights, alone = _weights_to_inputs(model.graph)
     weights = join_products(model.graph, weights, alone)
     if opset17 and cublas:
-        products_by_plugin(model.graph)
+        layers_by_plugins(model.graph)
+    if opset17:
+        rotate_by_one_slice(model.graph)
     transposed = [name for weight in weights for name in _lead_with_one(model.graph, weight)]
     values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
     return NetworkGraph(

@@ -11,31 +11,31 @@ import numpy as np
 import onnx_ir as ir
 
 from socket_trt.onnx.initializers import add_initializer, add_integers
-from socket_trt.onnx.values import constant_integers, describe
+from socket_trt.onnx.values import describe, part_of, remove_unused
 
 
 def rotate_by_one_slice(graph: ir.Graph) -> None:
     """Rewrite the graph in place; the values that products with sines give keep their names."""
     signed: dict[ir.Value, ir.Value] = {}
     for node in list(graph):
-        source = _rotated(node)
-        rotated = node.outputs[0]
-        products = [user for user, _ in rotated.uses()]
+        source = rotated(node)
+        turned = node.outputs[0]
+        products = [user for user, _ in turned.uses()]
         if source is None or not products or any(product.op_type != "Mul" for product in products):
             continue
         swapped = _swap_halves(graph, node, source)
         for product in products:
-            index = 0 if product.inputs[1] is rotated else 1
+            index = 0 if product.inputs[1] is turned else 1
             sines = product.inputs[index]
             assert sines is not None
             if sines not in signed:
-                signed[sines] = _sign(graph, sines, rotated)
+                signed[sines] = _sign(graph, sines, turned)
             product.replace_input_with(index, signed[sines])
             product.replace_input_with(1 - index, swapped)
-        _remove_unused(graph, node)
+        remove_unused(graph, node)
 
 
-def _rotated(node: ir.Node) -> ir.Value | None:
+def rotated(node: ir.Node) -> ir.Value | None:
     """x, where `node` joins the negated second half of x's last axis and the first half; else None."""
     if node.op_type != "Concat" or len(node.inputs) != 2 or node.attributes.get_int("axis", 0) not in (-1, _last(node)):
         return None
@@ -43,7 +43,7 @@ def _rotated(node: ir.Node) -> ir.Value | None:
     negation = negated.producer() if negated is not None else None
     if negation is None or negation.op_type != "Neg":
         return None
-    begin, end = _part(negation.inputs[0]), _part(first)
+    begin, end = part_of(negation.inputs[0]), part_of(first)
     if begin is None or end is None or begin[0] is not end[0] or begin[0].shape is None:
         return None
     source, size = begin[0], begin[0].shape[-1]
@@ -56,20 +56,6 @@ def _rotated(node: ir.Node) -> ir.Value | None:
 def _last(node: ir.Node) -> int:
     shape = node.outputs[0].shape
     return -1 if shape is None else len(shape) - 1
-
-
-def _part(value: ir.Value | None) -> tuple[ir.Value, int, int] | None:
-    """(x, first, last) where `value` is a slice of neighbours on the last axis of x."""
-    node = value.producer() if value is not None else None
-    if node is None or node.op_type != "Slice" or node.inputs[0] is None or node.inputs[0].shape is None:
-        return None
-    numbers = [constant_integers(one) for one in node.inputs[1:]]
-    if len(numbers) < 3 or any(one is None or len(one) != 1 for one in numbers):
-        return None
-    first, last, axis, step = [*(one[0] for one in numbers if one), 1][:4]
-    if step != 1 or axis not in (-1, len(node.inputs[0].shape) - 1):
-        return None
-    return node.inputs[0], first, last
 
 
 def _swap_halves(graph: ir.Graph, before: ir.Node, source: ir.Value) -> ir.Value:
@@ -114,12 +100,3 @@ def _sign(graph: ir.Graph, sines: ir.Value, rotated: ir.Value) -> ir.Value:
     else:
         graph.insert_after(producer, product)
     return product.outputs[0]
-
-
-def _remove_unused(graph: ir.Graph, node: ir.Node) -> None:
-    """Remove `node`, and what then has no reader before it."""
-    inputs = [value.producer() for value in node.inputs if value is not None]
-    graph.remove(node, safe=True)
-    for producer in inputs:
-        if producer is not None and producer.graph is graph and not any(value.uses() for value in producer.outputs):
-            _remove_unused(graph, producer)

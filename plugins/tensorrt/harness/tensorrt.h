@@ -6,6 +6,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -133,10 +134,15 @@ class ExpressionBuilder : public nvinfer1::IExprBuilder, private nvinfer1::apiv:
     ExpressionBuilder() { mImpl = this; }
 
   private:
-    const nvinfer1::IDimensionExpr* constant(Constant) override { return nullptr; }
-    const nvinfer1::IDimensionExpr* operation(nvinfer1::DimensionOperation, const nvinfer1::IDimensionExpr&,
-                                              const nvinfer1::IDimensionExpr&) override {
-        return nullptr;
+    const nvinfer1::IDimensionExpr* constant(Constant value) override {
+        made_.push_back(std::make_unique<Expression>(value));
+        return made_.back().get();
+    }
+    // Of those that there are only the one that a plugin asks for.
+    const nvinfer1::IDimensionExpr* operation(nvinfer1::DimensionOperation what, const nvinfer1::IDimensionExpr& one,
+                                              const nvinfer1::IDimensionExpr& other) override {
+        if (what != nvinfer1::DimensionOperation::kFLOOR_DIV) return nullptr;
+        return constant(one.getConstantValue() / other.getConstantValue());
     }
 #if NV_TENSORRT_MAJOR >= 10
     const nvinfer1::IDimensionExpr* declareSizeTensor(int32_t, const nvinfer1::IDimensionExpr&,
@@ -144,6 +150,8 @@ class ExpressionBuilder : public nvinfer1::IExprBuilder, private nvinfer1::apiv:
         return nullptr;
     }
 #endif
+
+    std::vector<std::unique_ptr<Expression>> made_;
 };
 
 // The inputs' dimensions as expressions; `owner` keeps them alive.

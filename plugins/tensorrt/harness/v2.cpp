@@ -1,7 +1,7 @@
 // The life cycle of an IPluginV2DynamicExt, as TensorRT 8.6 runs it; created by its registry where one is named.
 #include <cstring>
 
-#include "linear.h"
+#include "layers.h"
 #include "tensorrt.h"
 
 namespace harness {
@@ -25,9 +25,9 @@ class SubjectV2 : public Subject {
                 find_function<nvinfer1::IPluginCreator* const*(int32_t&)>(library, "getPluginCreators");
             int32_t count = 0;
             nvinfer1::IPluginCreator* const* all = creators(count);
-            expect(count == 2 && all != nullptr, "the library has two creators");
+            expect(count == 6 && all != nullptr, "the library has six creators");
             creator_ = all[0];
-            linear_ = all[1];
+            layers_.assign(all + 1, all + count);
         } else {
             void* runtime = open_library(tensorrt);
             nvinfer1::IPluginRegistry* registry =
@@ -36,7 +36,9 @@ class SubjectV2 : public Subject {
             expect(registry->loadLibrary(path.c_str()) != nullptr, "the registry loads the library");
             creator_ = registry->getPluginCreator("SocketAttention", "1", "socket");
             expect(creator_ != nullptr, "the creator is found");
-            linear_ = registry->getPluginCreator("Linear", "1", "socket");
+            for (const LayerCase& layer : layer_cases()) {
+                layers_.push_back(registry->getPluginCreator(layer.name.c_str(), "1", "socket"));
+            }
         }
         static Finder finder;
         find_function<void(nvinfer1::ILoggerFinder*)>(library, "setLoggerFinder")(&finder);
@@ -60,7 +62,8 @@ class SubjectV2 : public Subject {
         expect(std::string(creator_->getPluginNamespace()) == "other", "the creator's namespace can be set");
         creator_->setPluginNamespace("socket");
         take_log();
-        walk_linear(linear_);
+        const auto layers = layer_cases();
+        for (size_t i = 0; i < layers.size(); i++) walk_layer(layers_[i], layers[i]);
     }
 
     void walk_build(const Case& shapes) override {
@@ -149,7 +152,7 @@ class SubjectV2 : public Subject {
     }
 
     nvinfer1::IPluginCreator* creator_ = nullptr;
-    nvinfer1::IPluginCreator* linear_ = nullptr;
+    std::vector<nvinfer1::IPluginCreator*> layers_;  // in the order of layer_cases
     nvinfer1::IPluginV2DynamicExt* plugin_ = nullptr;
 };
 
