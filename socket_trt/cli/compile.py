@@ -29,7 +29,8 @@ def compile_(
         bool | None,
         typer.Option(
             "--cublas/--no-cublas",
-            help="Whether cuBLAS computes matrix products on TensorRT 8.6; by default where it is installed.",
+            help="Whether cuBLAS and plugins compute products, norms, rotary embeddings and gates on TensorRT 8.6; "
+            "by default where cuBLAS is installed.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,

@@ -44,7 +44,7 @@ def network_graph(model: ir.Model, opset17: bool = False, cublas: bool = False) 
     """Prepare `model`, which is changed in place.
 
     opset17  for TensorRT 8.6, whose parser knows no later one
-    cublas   with it, products as nodes of the plugin that has cuBLAS compute them
+    cublas   with it, what lies around attention as nodes of plugins, whose larger products cuBLAS computes
 
     External initializers become inputs; a cast from the checkpoint's dtype behind one goes.  A weight that is, transposed,
     the right operand of a product with three axes gets a leading axis of one: TensorRT then needs no reshape between them.
