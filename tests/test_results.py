@@ -8,14 +8,20 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks import attention, decode, traffic
+from benchmarks import attention, decode, layers, traffic
 from socket_trt.benchmark import BenchReport
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "name"), [(attention, "attention-h100"), (attention, "attention-h200"), (traffic, "traffic-h200")]
+    ("benchmark", "name"),
+    [
+        (attention, "attention-h100"),
+        (attention, "attention-h200"),
+        (layers, "layers-h200"),
+        (traffic, "traffic-h200"),
+    ],
 )
 def test_tables_are_those_of_the_figures(benchmark: ModuleType, name: str) -> None:
     results = json.loads((RESULTS / f"{name}.json").read_text())
