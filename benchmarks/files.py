@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -21,3 +22,11 @@ def write_results(stem: Path, results: dict[str, Any] | list[dict[str, Any]], te
         partial = stem.with_name(f".{stem.name}.partial")
         partial.write_text(content)
         partial.replace(stem.with_suffix(suffix))
+
+
+def output_directory(description: str | None) -> Path | None:
+    """The directory for results that the command line of a benchmark without other options names."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="directory for the results; without it they are only printed")
+    output: Path | None = parser.parse_args().output
+    return output

@@ -10,7 +10,6 @@ Writes layers-<gpu>.json and .md.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.attention import time_graph
-from benchmarks.files import gpu_slug, write_results
+from benchmarks.files import gpu_slug, output_directory, write_results
 from socket_trt.native import call_layer, prepare_layers
 
 LAYERS, HIDDEN, INNER, VOCABULARY = 32, 4096, 14336, 128256
@@ -152,9 +151,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="directory for the results; without it they are only printed")
-    arguments = parser.parse_args()
+    output = output_directory(__doc__)
     prepare_layers()
     bandwidth = read_bandwidth()
     results: dict[str, Any] = {
@@ -167,8 +164,8 @@ def main() -> None:
     }
     text = table(results)
     print(text)
-    if arguments.output:
-        write_results(arguments.output / f"layers-{gpu_slug(results['gpu'])}", results, text)
+    if output:
+        write_results(output / f"layers-{gpu_slug(results['gpu'])}", results, text)
 
 
 if __name__ == "__main__":

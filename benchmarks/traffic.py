@@ -12,7 +12,6 @@ several layouts.  Writes traffic-<gpu>.json and .md.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.attention import HEAD_SIZE, KV_HEADS, SHAPE_COLUMNS, SHAPES, Shape, shape_cells, time_graph
-from benchmarks.files import gpu_slug, write_results
+from benchmarks.files import gpu_slug, output_directory, write_results
 
 BLOCK = 4096  # words that a program reads at once; there are fewer than 2^31 of any kind
 SETS = 4  # of inputs, one after another: together several times the L2 cache
@@ -152,9 +151,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="directory for the results; without it they are only printed")
-    arguments = parser.parse_args()
+    output = output_directory(__doc__)
     results: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
         "command": " ".join(["python", *sys.argv]),
@@ -169,8 +166,8 @@ def main() -> None:
         torch.cuda.empty_cache()
     text = table(results)
     print(text)
-    if arguments.output:
-        write_results(arguments.output / f"traffic-{gpu_slug(results['gpu'])}", results, text)
+    if output:
+        write_results(output / f"traffic-{gpu_slug(results['gpu'])}", results, text)
 
 
 if __name__ == "__main__":

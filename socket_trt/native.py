@@ -175,13 +175,13 @@ def call_layer(name: str, *arguments: Tensor | int | float) -> int:
             return ctypes.c_int32(argument)
         return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_void_p(argument.data_ptr())
 
-    function = getattr(ctypes.CDLL(str(load_library().path)), name)
+    function = getattr(load_library()._dll, name)
     return int(function(*map(converted, arguments), ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)))
 
 
 def prepare_layers() -> None:
     """Load the kernels that `call_layer` launches, for the current device.  Raises NativeError where CUDA cannot."""
-    status = int(ctypes.CDLL(str(load_library().path)).SocketTrtPrepareLayers())
+    status = int(load_library()._dll.SocketTrtPrepareLayers())
     if status:
         raise NativeError(status, f"CUDA error {status}", "the kernels of layers cannot be loaded")
 

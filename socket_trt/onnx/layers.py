@@ -15,7 +15,7 @@ import onnx_ir as ir
 from socket_trt import names
 from socket_trt.onnx.joined import product_of
 from socket_trt.onnx.rotary import rotated
-from socket_trt.onnx.values import describe, part_of, remove_unused
+from socket_trt.onnx.values import constant_number, describe, part_of, remove_unused
 
 _FLOAT16 = ir.DataType.FLOAT16
 
@@ -105,7 +105,7 @@ def _norms_rounded_last(node: ir.Node) -> Iterator[_Norm]:
         return
     for scaled, factor in _factors(_producer(node.inputs[0])):
         found, weight = _scaled(scaled), _source(_source(factor, "Add"), "Cast")
-        adds_one = _number(_source(factor, "Add", 1)) == 1
+        adds_one = constant_number(_source(factor, "Add", 1)) == 1
         if found is not None and weight is not None and adds_one and _is_weight(weight, 1):
             yield _Norm(found[0], weight, found[1], plus_one=True)
 
@@ -114,7 +114,7 @@ def _scaled(value: ir.Value | None) -> tuple[ir.Value, float] | None:
     """(x, epsilon), where `value` is x / sqrt(mean(x^2) + epsilon) in float32 and x is float16."""
     for x, root in _factors(_producer(value)):
         radicand, source = _source(_source(root, "Reciprocal"), "Sqrt"), _source(x, "Cast")
-        epsilon = _number(_source(radicand, "Add", 1))
+        epsilon = constant_number(_source(radicand, "Add", 1))
         is_wide = source is not None and source.dtype == _FLOAT16 and source.shape is not None and len(source.shape) > 1
         if source is not None and is_wide and epsilon is not None and _is_mean_square(_source(radicand, "Add"), x):
             return source, epsilon
@@ -160,11 +160,13 @@ def _rotary(graph: ir.Graph, attention: ir.Node) -> None:
     _replace(graph, attention, names.SPLIT_ROTARY, [joint, query.cosines, query.sines], old, attributes)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Rotated:
     """x cosines + rotate(x) sines: x [1, heads, tokens, head size]; cosines, sines [tokens, head size]."""
 
-    def __init__(self, source: ir.Value, cosines: ir.Value, sines: ir.Value) -> None:
-        self.source, self.cosines, self.sines = source, cosines, sines
+    source: ir.Value
+    cosines: ir.Value
+    sines: ir.Value
 
     @staticmethod
     def of(value: ir.Value | None) -> _Rotated | None:
@@ -220,7 +222,7 @@ def _elementwise_until_first(node: ir.Node) -> list[ir.Node]:
             index = ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] is not None else None
             at_0 = index is not None and index.numpy().shape == () and int(index.numpy()) == 0
             return chain if at_0 and node.attributes.get_int("axis", 0) == 0 else []
-        scalars = all(_number(value) is not None for value in node.inputs[1:])
+        scalars = all(constant_number(value) is not None for value in node.inputs[1:])
         if node.op_type not in ("Div", "Mul", "Tanh") or not scalars:
             return []
 
@@ -268,11 +270,6 @@ def _source(value: ir.Value | None, op_type: str, index: int = 0) -> ir.Value | 
     """What the operator that gives `value` takes, if it is an `op_type`."""
     node = _producer(value)
     return node.inputs[index] if node is not None and node.op_type == op_type else None
-
-
-def _number(value: ir.Value | None) -> float | None:
-    constant = ir.convenience.get_const_tensor(value) if value is not None else None
-    return float(constant.numpy().item()) if constant is not None and constant.size == 1 else None
 
 
 def _factors(node: ir.Node | None) -> Iterator[tuple[ir.Value, ir.Value]]:

@@ -17,6 +17,7 @@ from socket_trt.onnx.layers import layers_by_plugins
 from socket_trt.onnx.opset17 import lower_to_opset17
 from socket_trt.onnx.rank2 import drop_leading_one
 from socket_trt.onnx.rotary import rotate_by_one_slice
+from socket_trt.onnx.values import constant_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +94,7 @@ def _powers_by_products(graph: ir.Graph) -> None:
         if node.op_type != "Pow" or node.domain not in ("", "ai.onnx"):
             continue
         base, exponent = node.inputs
-        constant = ir.convenience.get_const_tensor(exponent) if exponent is not None else None
-        power = constant.numpy().item() if constant is not None and constant.size == 1 else 0
+        power = constant_number(exponent)
         if base is None or power not in (2, 3):
             continue
         old = node.outputs[0]

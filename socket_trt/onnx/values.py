@@ -13,6 +13,12 @@ def constant_integers(value: ir.Value | None) -> list[int] | None:
     return None if constant is None else [int(x) for x in constant.numpy().reshape(-1)]
 
 
+def constant_number(value: ir.Value | None) -> float | None:
+    """The number of a constant that holds one; None for anything else."""
+    constant = ir.convenience.get_const_tensor(value) if value is not None else None
+    return float(constant.numpy().item()) if constant is not None and constant.size == 1 else None
+
+
 def describe(node: ir.Node, like: ir.Value, shape: Sequence[object] | None) -> None:
     """Name the output after its node, and give it the type of `like`."""
     output = node.outputs[0]
